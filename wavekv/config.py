@@ -1,0 +1,131 @@
+"""How a cache is laid out and how much of it a decode step reads: one frozen, validated dataclass."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from wavekv.errors import ConfigError
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+DECODE_FIELDS = ("mode", "budget", "top_p", "min_budget", "tail_estimate")
+"""Fields that only change how a step reads; a fork may set them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadConfig:
+    """Settings of an offloaded cache. All counts are tokens; budgets are per KV head and step."""
+
+    mode: Literal["retrieval", "exact"] = "retrieval"
+    """"retrieval" attends to the best pages and estimates the rest; "exact" attends to all."""
+    budget: float | int = 0.02
+    """Tokens to retrieve: a float in (0, 1] is a share of the context, an int is a count."""
+    top_p: float | None = None
+    """Retrieve only as many tokens as hold this share of the estimated mass; `budget` is the cap."""
+    min_budget: int = 64
+    """The floor under a share or `top_p`: short contexts retrieve at least this many tokens."""
+    tail_estimate: Literal["none", "first", "second"] = "second"
+    """What stands for pages not retrieved: nothing, their mean key, or mean and variance."""
+    num_sink_tokens: int = 4
+    """First tokens of each sequence that stay in the steady zone."""
+    window: int = 64
+    """Latest tokens that stay in the steady zone."""
+    page_size: int = 16
+    """Tokens in a page, the unit of clustering and transfer."""
+    segment: int = 8192
+    """Stretch of a prompt that is clustered at once: `page_size` times a power of two."""
+    append_segment: int = 256
+    """Stretch of generated tokens that is clustered at once: `page_size` times a power of two."""
+    prefill_chunk: int = 8192
+    """Tokens that one forward of a prefill takes."""
+    cpu_budget: float | int | str = 0.8
+    """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, ("retrieval", "exact"))
+        _check_choice("tail_estimate", self.tail_estimate, ("none", "first", "second"))
+        _check_share_or_count("budget", self.budget)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1] or None, got {self.top_p!r}")
+        for name in ("page_size", "window", "prefill_chunk"):
+            _check_count(name, getattr(self, name), least=1)
+        for name in ("min_budget", "num_sink_tokens"):
+            _check_count(name, getattr(self, name), least=0)
+        for name in ("segment", "append_segment"):
+            _check_segment(name, getattr(self, name), self.page_size)
+        if self.append_segment > self.segment:
+            raise ConfigError(
+                f"append_segment must be at most segment={self.segment}, got {self.append_segment}"
+            )
+        if self.num_sink_tokens > self.append_segment:
+            raise ConfigError(
+                f"num_sink_tokens must be at most append_segment={self.append_segment}, "
+                f"got {self.num_sink_tokens}"
+            )
+        parse_size("cpu_budget", self.cpu_budget)
+
+    def override(self, allowed: tuple[str, ...] | None = None, **changes: Any) -> OffloadConfig:
+        """Return a copy with fields changed.
+
+        Raises:
+            ConfigError: an unknown field, one outside `allowed`, or a bad value.
+        """
+        known = allowed or tuple(field.name for field in fields(self))
+        unknown = sorted(set(changes) - set(known))
+        if unknown:
+            raise ConfigError(f"expected only the settings {', '.join(known)}, got {unknown}")
+        return replace(self, **changes)
+
+
+def parse_size(name: str, size: float | int | str) -> float | int:
+    """Return bytes as an int, or a share in (0, 1] as a float.
+
+    Raises:
+        ConfigError: neither a positive number of bytes, "8GiB"-like text, nor a share.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", size, re.IGNORECASE)
+        if match is None:
+            raise ConfigError(f'{name} must look like "8GiB" or "500MB", got {size!r}')
+        size = int(float(match[1]) * _UNITS[match[2].upper()])
+    is_number = isinstance(size, (int, float)) and not isinstance(size, bool)
+    if not is_number or size <= 0 or (isinstance(size, float) and not size <= 1):
+        raise ConfigError(
+            f'{name} must be bytes > 0, text such as "8GiB", or a float share in (0, 1], '
+            f"got {size!r}"
+        )
+    return size
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be an int of at least {least}, got {value!r}")
+
+
+def _check_share_or_count(name: str, value: object) -> None:
+    is_share = isinstance(value, float) and 0 < value <= 1
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not is_share and not is_count:
+        raise ConfigError(
+            f"{name} must be a float share in (0, 1] or an int count of tokens >= 1, got {value!r}; "
+            "for all tokens give 1.0"
+        )
+
+
+def _check_segment(name: str, value: object, page_size: int) -> None:
+    _check_count(name, value, least=page_size)
+    assert isinstance(value, int)
+    pages, rest = divmod(value, page_size)
+    if rest or pages & (pages - 1):
+        raise ConfigError(
+            f"{name} must be page_size={page_size} times a power of two, got {value}; "
+            f"{page_size << max(0, pages.bit_length() - 1)} would do"
+        )

@@ -1,0 +1,82 @@
+"""Real English text that every machine with Python has: the documentation inside the standard library.
+
+Sources are parsed, never imported. Files are split once by a hash of their name, so that text the
+demo model was trained on and text it is tested on never overlap.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "heldout"]
+
+HELDOUT_SHARE = 4
+"""One file in this many is held out from training."""
+
+_SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}
+
+
+def passages(split: Split) -> list[str]:
+    """Return the passages of a split, in a fixed order: docstrings and help topics as plain prose.
+
+    Raises:
+        FileNotFoundError: this Python has no standard-library sources beside it.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [f for f in sorted(root.rglob("*.py")) if _is_wanted(f.relative_to(root))]
+    chosen = [f for f in files if _split_of(f.relative_to(root).as_posix()) == split]
+    found = [text for file in chosen for text in _texts(file)]
+    found += [t for name, t in _help_topics(root) if _split_of(name) == split]
+    if not found:
+        raise FileNotFoundError(
+            f"expected Python sources with docstrings under {root}, found none; "
+            "pass your own text instead (wavekv demo --file TEXT)"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _is_wanted(path: Path) -> bool:
+    return not _SKIPPED_FOLDERS & set(path.parts) and path.name != "topics.py"
+
+
+def _split_of(name: str) -> Split:
+    return "heldout" if zlib.crc32(name.encode()) % HELDOUT_SHARE == 0 else "train"
+
+
+def _texts(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError, ValueError):
+        return
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            prose = _prose(text)
+            if len(prose) >= 80:
+                yield prose
+
+
+def _help_topics(root: Path) -> Iterator[tuple[str, str]]:
+    """The `help()` topics: the language reference as plain text."""
+    file = root / "pydoc_data" / "topics.py"
+    if not file.exists():
+        return
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
+                    yield f"topic:{key.value}", _prose(str(value.value))
+
+
+def _prose(text: str) -> str:
+    """One paragraph a line: rejoin wrapped lines, drop rulers and repeated blanks."""
+    paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(text))
+    joined = (re.sub(r"\s+", " ", re.sub(r"[-=*~^]{4,}", " ", p)).strip() for p in paragraphs)
+    return "\n".join(p for p in joined if p)

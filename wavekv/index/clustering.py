@@ -1,0 +1,159 @@
+"""Balanced clustering: which tokens of a segment share a page.
+
+Every cluster holds exactly `page_size` tokens, so a cluster is a page and every shape is static.
+The functions are pure: they know keys and validity, and nothing of values, tiers or models.
+Everything is batched over rows and blocks and nothing waits for the device, so they can run on a
+side stream.
+"""
+
+import torch
+from torch import Tensor
+
+_START_NOISE = 0.25
+_MAX_STRIP = 256
+_POWER_ROUNDS = 2
+_MEAN_ROUNDS = 2
+_MEDIAN_ROUNDS = 2
+
+
+def balanced_pages(
+    keys: Tensor, page_size: int, valid: Tensor | None = None, *, refine: bool = True
+) -> Tensor:
+    """Order the tokens of each row so that runs of `page_size` tokens are compact clusters.
+
+    Recursive bisection: a block of tokens is cut at the median of one direction, and both halves
+    are cut again until they are pages. The direction starts as the block's principal one (PDDP,
+    Boley 1998); `refine` then turns it by a few rounds of balanced two-means: the difference of
+    the means of the halves it cuts becomes the direction. Segments are clustered on their own, as
+    in RetroInfer (2025), so the cost is linear in the context.
+
+    Deterministic: no random numbers; the same input on the same machine gives the same order, and
+    equal projections keep the order they had. Rows do not influence each other.
+
+    Args:
+        keys: [R, S, D] one segment of S tokens for R rows (sequence x KV head); float32, bfloat16
+            or float16, the arithmetic is float32. S must be `page_size * 2**k`, k >= 0.
+        page_size: P, tokens in a page.
+        valid: [R, S] bool, False where a token is padding (its key may hold anything, NaN
+            included); None means all valid. Padding has no influence and comes after every valid
+            token of its row: page c of a row with v valid tokens has `clamp(v - c * P, 0, P)` of
+            them, first in the page.
+        refine: False stops at the principal direction: about half the time, but output errors
+            about a tenth larger.
+
+    Returns:
+        [R, S] int64: a permutation of 0..S-1 in each row; page c is `order[c * P : (c + 1) * P]`.
+
+    Raises:
+        ValueError: a shape, dtype or segment length is not as above.
+
+    Cost: O(S log2(S / P) D) a row: 14 passes over the keys and one sort for each level (6 passes
+    without `refine`); two float32 copies of the keys in memory. About 2.3 ms for 1000 keys of one
+    row at D = 64 and 3.8 ms at D = 128 on two CPU cores (S = 8192, P = 16). Nothing depends on the
+    data but the order, so no call waits for the device.
+    """
+    _check(keys, page_size, valid)
+    R, S, D = keys.shape
+    if valid is None:
+        order = torch.arange(S, device=keys.device).expand(R, S)
+        num_valid = torch.full((R, 1), S, device=keys.device)
+        x = keys.float()
+    else:
+        # valid tokens first: from here on a block's valid tokens are its first `count`
+        order = (~valid).to(torch.uint8).sort(dim=1, stable=True).indices
+        num_valid = valid.sum(1, keepdim=True)
+        x = torch.where(valid.unsqueeze(-1), keys, 0).float()
+
+    size = S
+    while size > page_size:
+        starts = torch.arange(0, S, size, device=keys.device)
+        # [R * S / size, 1]
+        count = (num_valid - starts).clamp(0, size).view(-1, 1)
+        blocks = _take_rows(x, order.reshape(R, S)).view(-1, size, D)
+        order = order.reshape(-1, size).gather(1, _bisect(blocks, count, refine=refine))
+        size //= 2
+    return order.reshape(R, S).contiguous()
+
+
+def _bisect(x: Tensor, count: Tensor, *, refine: bool = True) -> Tensor:
+    """Order the tokens of each block along the direction that best cuts it into two equal halves.
+
+    Args:
+        x: [b, n, D] float32, the first `count` tokens of each block valid and the others zero.
+        count: [b, 1] int64 valid tokens of each block.
+        refine: add the two-means rounds to the principal direction.
+
+    Returns:
+        [b, n] int64, a permutation of 0..n-1 in each block, invalid tokens last.
+    """
+    b, n, D = x.shape
+    position = torch.arange(n, device=x.device)
+    live = position < count
+    num = count.clamp_min(1)
+
+    def centred(weight: Tensor) -> Tensor:
+        # the weights of invalid tokens meet zero keys: only the mean has to leave them out
+        return weight - (weight * live).sum(1, keepdim=True) / num
+
+    # long blocks in strips: more parallel, and a sum does not depend on how many rows come along
+    num_strips = 1
+    while n // num_strips > _MAX_STRIP and n % (2 * num_strips) == 0:
+        num_strips *= 2
+    strips = x.view(b * num_strips, n // num_strips, D)
+
+    def project(weight: Tensor) -> Tensor:
+        # [b, D]: weighted sum of the keys, scaled so that no power of it can overflow or vanish
+        direction = torch.bmm(weight.reshape(b * num_strips, 1, n // num_strips), strips)
+        direction = direction.view(b, num_strips, D).sum(1)
+        direction = direction / direction.abs().amax(1, keepdim=True).clamp_min(1e-30)
+        direction = direction.unsqueeze(1).expand(b, num_strips, D).reshape(-1, D, 1)
+        return torch.bmm(strips, direction).view(b, n)
+
+    # start from the difference of the halves as they are: one sum, and rarely orthogonal to the
+    # principal direction; the Weyl sequence keeps repeated or mirrored keys, whose halves are
+    # equal, from cancelling to nothing
+    weyl = (position * 40503 % 65536) / 65536
+    score = project(centred((2 * position >= count) + _START_NOISE * weyl))
+    for _ in range(_POWER_ROUNDS):
+        score = project(centred(score))
+    if refine:
+        # cutting at the mean needs no selection and comes close; the last rounds cut in halves
+        for _ in range(_MEAN_ROUNDS):
+            score = project(centred((centred(score) > 0).float()))
+        for _ in range(_MEDIAN_ROUNDS):
+            lower = score.masked_fill(~live, torch.inf).topk(
+                n // 2, dim=1, largest=False, sorted=False
+            )
+            score = project(centred((score > lower.values.amax(1, keepdim=True)).float()))
+    # finite even for keys that are not, so that padding stays last
+    return score.nan_to_num().masked_fill(~live, torch.inf).sort(dim=1, stable=True).indices
+
+
+def _take_rows(x: Tensor, order: Tensor) -> Tensor:
+    """x: [R, S, D], order: [R, S] -> [R * S, D] rows in that order.
+
+    A flat `index_select`: on a CPU several times faster than `gather`.
+    """
+    R, S, D = x.shape
+    offset = torch.arange(R, device=x.device).unsqueeze(1) * S
+    return x.reshape(R * S, D).index_select(0, (order + offset).view(-1))
+
+
+def _check(keys: Tensor, page_size: int, valid: Tensor | None) -> None:
+    if keys.ndim != 3:
+        raise ValueError(f"keys must be [R, S, D], got {tuple(keys.shape)}")
+    if keys.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"keys must be float32, bfloat16 or float16, got {keys.dtype}")
+    if page_size < 1:
+        raise ValueError(f"page_size must be at least 1, got {page_size}")
+    S = keys.shape[1]
+    num_pages = S // page_size
+    if num_pages < 1 or num_pages * page_size != S or num_pages & (num_pages - 1):
+        raise ValueError(
+            f"S must be page_size * 2**k with page_size={page_size}, got S={S}; "
+            "pad the segment and mark the padding in `valid`"
+        )
+    if valid is not None and (valid.shape != keys.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(
+            f"valid must be bool {tuple(keys.shape[:2])}, got {valid.dtype} {tuple(valid.shape)}"
+        )

@@ -1,0 +1,189 @@
+"""Attention of many queries over one block of dense keys, as a state: the step of a streamed prefill.
+
+The fused operators of torch run where they fit (they return the log-sum-exp that merging needs);
+`attend_block_reference` defines what is correct and serves the rest (soft caps, odd head sizes).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, Tensor]
+
+_REFERENCE_LOGITS = 1 << 26
+"""Logits that the reference holds at once (256 MiB); longer blocks of queries are cut."""
+
+
+def attend_block(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    valid: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> State:
+    """Attend with every query to a block of keys.
+
+    query: [B, Hq, T, D]. keys, values: [B, Hkv, S, D]; S may be 0. valid: [B, S] or [B, Hkv, S]
+    bool, or None. causal: query t sees keys 0..t; needs S = T.
+    Returns out [B, Hq, T, D] and lse [B, Hq, T], float32; 0 and -inf for a query that sees no key.
+
+    Raises:
+        ValueError: causal with S != T.
+    """
+    if causal and keys.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"a causal block needs as many keys as queries, got {keys.shape[2]} keys and "
+            f"{query.shape[2]} queries"
+        )
+    if keys.shape[2] == 0:
+        return _empty(query)
+    fused = None if softcap is not None else _fused_operator(query, valid)
+    if fused is None:
+        options = {"scale": scale, "valid": valid, "causal": causal, "softcap": softcap}
+        return attend_block_reference(query, keys, values, **options)
+    out, lse = _grouped(fused, query, keys, values, scale, valid, causal)
+    return _without_blind_queries(out, lse, valid, causal)
+
+
+def attend_block_reference(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    valid: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> State:
+    """`attend_block` by its definition, in float32."""
+    B, Hq, T, D = query.shape
+    Hkv, S = keys.shape[1:3]
+    allowed = torch.ones(1, 1, 1, 1, S, dtype=torch.bool, device=query.device)
+    v = values.float()
+    if valid is not None:
+        # [B, 1 or Hkv, S]
+        seen = valid[:, None] if valid.ndim == 2 else valid
+        allowed = seen[:, :, None, None]
+        v = torch.where(seen[..., None], v, 0.0)
+    outs, lses = [], []
+    rows = max(1, _REFERENCE_LOGITS // (B * Hq * S))
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        q = query[:, :, start:stop].float().reshape(B, Hkv, Hq // Hkv, stop - start, D)
+        logits = torch.einsum("bhgtd,bhsd->bhgts", q, keys.float()) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        visible = allowed
+        if causal:
+            steps = torch.arange(S, device=query.device)
+            visible = allowed & (steps <= torch.arange(start, stop, device=query.device)[:, None])
+        logits = logits.masked_fill(~visible, -torch.inf)
+        lse = logits.logsumexp(-1)
+        weights = (logits - lse.nan_to_num(neginf=0.0)[..., None]).exp()
+        outs.append(torch.einsum("bhgts,bhsd->bhgtd", weights, v).flatten(1, 2))
+        lses.append(lse.flatten(1, 2))
+    return torch.cat(outs, 2), torch.cat(lses, 2)
+
+
+def _empty(query: Tensor) -> State:
+    out = torch.zeros_like(query, dtype=torch.float32)
+    return out, out.new_full(out.shape[:-1], -torch.inf)
+
+
+def _fused_operator(query: Tensor, valid: Tensor | None) -> str | None:
+    """The fused operator of torch that can serve, if any."""
+    D = query.shape[-1]
+    if query.device.type == "cpu":
+        return "cpu"
+    if query.device.type != "cuda" or D % 8 or D > 256:
+        return None
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    return "flash" if is_half and valid is None else "efficient"
+
+
+def _grouped(
+    operator: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    valid: Tensor | None,
+    causal: bool,
+) -> State:
+    """Run a fused operator that wants as many key heads as query heads."""
+    B, Hq, T, D = query.shape
+    Hkv = keys.shape[1]
+    group = Hq // Hkv
+    if causal:
+        keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
+        if valid is not None and valid.ndim == 3:
+            valid = valid.repeat_interleave(group, 1)
+    else:
+        # queries of a group share keys: more rows instead of copies of the keys
+        query = query.reshape(B, Hkv, group * T, D)
+    out, lse = _run(operator, query, keys, values, scale, valid, causal)
+    return out.reshape(B, Hq, T, D).float(), lse.reshape(B, Hq, T)
+
+
+def _run(
+    operator: str,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    valid: Tensor | None,
+    causal: bool,
+) -> State:
+    ops = torch.ops.aten
+    if operator == "flash":
+        out, lse = ops._scaled_dot_product_flash_attention(
+            query, keys, values, 0.0, causal, scale=scale
+        )[:2]
+        return out, lse
+    bias = _bias(query, keys, valid)
+    if operator == "cpu":
+        if bias is not None and causal:
+            bias, causal = bias + _causal_bias(query), False
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, 0.0, causal, attn_mask=bias, scale=scale
+        )
+        return out, lse
+    # its bias must have rows aligned to 16 bytes, and its lse is padded
+    if bias is not None:
+        padded = bias.new_zeros(*bias.shape[:-1], -(-bias.shape[-1] // 16) * 16)
+        padded[..., : bias.shape[-1]] = bias
+        bias = padded[..., : bias.shape[-1]].expand(-1, query.shape[1], query.shape[2], -1)
+    out, lse = ops._scaled_dot_product_efficient_attention(
+        query, keys, values, bias, True, 0.0, causal, scale=scale
+    )[:2]
+    return out, lse[..., : query.shape[2]]
+
+
+def _bias(query: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor | None:
+    """[B, 1 or Hkv, 1, S]: 0 where a key may be seen, else -inf."""
+    if valid is None:
+        return None
+    seen = valid[:, None] if valid.ndim == 2 else valid
+    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
+    return bias.masked_fill_(~seen, -torch.inf)[:, :, None]
+
+
+def _causal_bias(query: Tensor) -> Tensor:
+    T = query.shape[2]
+    return query.new_full((T, T), -torch.inf).triu_(1)
+
+
+def _without_blind_queries(out: Tensor, lse: Tensor, valid: Tensor | None, causal: bool) -> State:
+    """Fused operators leave NaN where a query sees no key: make that the empty state."""
+    if valid is None:
+        return out, lse
+    sees = valid.cumsum(-1) > 0 if causal else valid.any(-1, keepdim=True)
+    if sees.ndim == 2:
+        sees = sees[:, None]
+    else:
+        sees = sees.repeat_interleave(out.shape[1] // sees.shape[1], 1)
+    return torch.where(sees[..., None], out, 0.0), torch.where(sees, lse, -torch.inf)

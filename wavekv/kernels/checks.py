@@ -1,0 +1,74 @@
+"""Cheap checks of shapes and dtypes; every error is a ValueError that says expected and got."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype, like: Tensor
+) -> None:
+    """The tensor has this shape and one of these dtypes, and is where `like` is."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        got = f"{tuple(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name} must be {shape} {wanted}, got {got}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got one on {tensor.device}")
+
+
+def expect_stored(name: str, tensor: Tensor) -> None:
+    """The tensor is [B, Hkv, N, D] of a stored dtype with contiguous rows."""
+    if tensor.dim() != 4 or tensor.shape[1] == 0 or tensor.dtype not in STORED_DTYPES:
+        raise ValueError(
+            f"{name} must be [B, Hkv > 0, N, D] float32, bfloat16 or float16, "
+            f"got {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    expect_rows(name, tensor)
+
+
+def expect_rows(name: str, tensor: Tensor) -> None:
+    """The last dimension is contiguous."""
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"{name} must have a contiguous last dimension, got {tensor.stride()}")
+
+
+def expect_heads(name: str, tensor: Tensor, batch: int, kv_heads: int, last: int) -> None:
+    """The tensor is [B, Hq, last] of a float dtype, and Hq is a multiple of Hkv."""
+    shape = tensor.shape
+    fits = len(shape) == 3 and shape[0] == batch and shape[2] == last and kv_heads > 0
+    if not fits or shape[1] % kv_heads or not tensor.dtype.is_floating_point:
+        raise ValueError(
+            f"{name} must be floats [{batch}, a multiple of Hkv={kv_heads}, {last}], "
+            f"got {tuple(shape)} {tensor.dtype}"
+        )
+
+
+def expect_softcap(softcap: float | None) -> None:
+    """The soft cap is positive or None."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive or None, got {softcap}")
+
+
+def expect_chunks(chunks: Sequence[Tensor], query: Tensor) -> None:
+    """The chunks are contiguous, [C, 2, P, D] of one shape and one stored dtype."""
+    if not chunks:
+        raise ValueError("page_ids name pages, so there must be at least one chunk, got none")
+    first, width = chunks[0], query.shape[-1]
+    shape, dtype, device = first.shape, first.dtype, query.device
+    if len(shape) != 4 or shape[1] != 2 or shape[3] != width or dtype not in STORED_DTYPES:
+        raise ValueError(
+            f"chunks must be [C, 2, P, {width}] float32, bfloat16 or float16, "
+            f"got {tuple(shape)} {dtype}"
+        )
+    for chunk in chunks:
+        if chunk.shape != shape or chunk.dtype != dtype or chunk.device != device:
+            raise ValueError(
+                f"chunks must all be {tuple(shape)} {dtype} on {device}, "
+                f"got {tuple(chunk.shape)} {chunk.dtype} on {chunk.device}"
+            )
+        if not chunk.is_contiguous():
+            raise ValueError(f"chunks must be contiguous, got strides {chunk.stride()}")

@@ -1,0 +1,111 @@
+"""Exact attention of one query per head over selected pages, in place (numba).
+
+Each KV head's pages are cut into `splits` tasks. `splits` comes from shapes alone, so the result is
+the same to the bit on any number of threads.
+"""
+
+# mypy: disallow-untyped-decorators=False
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numba.np.numpy_support import carray
+
+from wavekv.kernels.cpu_math import FASTMATH, FLOAT32, NEG_INF, PRANGE, int32_at, int64_at
+from wavekv.kernels.cpu_state import BLOCK, UNROLL, attend_block, join_splits, scaled_query
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _attend_list(
+    query: Any,
+    chunks: Any,
+    chunk_pages: int,
+    page_size: int,
+    dtype: int,
+    page_ids: Any,
+    counts: Any,
+    softcap: Any,
+    peak: Any,
+    total: Any,
+    acc: Any,
+) -> bool:
+    """Attend to page_ids [n]; False where an id or a count lies outside what the chunks hold."""
+    group, width = acc.shape
+    row_bytes = width * (4 if dtype == FLOAT32 else 2)
+    keys = np.empty(BLOCK, np.int64)
+    values = np.empty(BLOCK, np.int64)
+    logits = np.empty((group, BLOCK), np.float32)
+    scratch = np.empty((UNROLL, width), np.float32)
+    filled = 0
+    for m in range(page_ids.size):
+        page, count = page_ids[m], counts[m]
+        if page < 0:
+            continue
+        if page >= chunks.size * chunk_pages or count < 0 or count > page_size:
+            return False
+        row = chunks[page // chunk_pages] + (page % chunk_pages) * 2 * page_size * row_bytes
+        for _ in range(count):
+            keys[filled] = row
+            values[filled] = row + page_size * row_bytes
+            row += row_bytes
+            filled += 1
+            if filled == BLOCK:
+                # fmt: off
+                attend_block(query, keys, values, filled, dtype, dtype, softcap, logits, scratch,
+                             peak, total, acc)
+                # fmt: on
+                filled = 0
+    attend_block(
+        query, keys, values, filled, dtype, dtype, softcap, logits, scratch, peak, total, acc
+    )
+    return True
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())
+def attend_pages(
+    heads: int,
+    splits: int,
+    group: int,
+    width: int,
+    pages: int,
+    query: int,
+    chunks: Any,
+    chunk_pages: int,
+    page_size: int,
+    dtype: int,
+    page_ids: int,
+    counts: int,
+    scale: Any,
+    softcap: Any,
+    out: int,
+    lse: int,
+) -> bool:
+    """The state over page_ids [heads, pages]; False where an id or a count is out of range.
+
+    chunks holds their addresses; query, page_ids, counts, out and lse are addresses.
+    """
+    tasks = heads * splits
+    peak = np.full((tasks, group), NEG_INF, np.float32)
+    total = np.zeros((tasks, group), np.float32)
+    acc = np.zeros((tasks, group, width), np.float32)
+    ok = np.ones(tasks, np.bool_)
+    for index in prange(tasks):
+        task: Any = np.int64(index)  # prange counts unsigned, which would mix into floats
+        head, split = task // splits, task % splits
+        first, last = split * pages // splits, (split + 1) * pages // splits
+        start = head * pages + first
+        ok[task] = _attend_list(
+            scaled_query(query + head * group * width * 4, group, width, scale),
+            chunks,
+            chunk_pages,
+            page_size,
+            dtype,
+            carray(int64_at(page_ids + start * 8), (last - first,)),
+            carray(int32_at(counts + start * 4), (last - first,)),
+            softcap,
+            peak[task],
+            total[task],
+            acc[task],
+        )
+    join_splits(splits, peak, total, acc, out, lse)
+    return bool(ok.all())

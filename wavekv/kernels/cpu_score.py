@@ -1,0 +1,111 @@
+"""The estimated mass of every page, from its statistics (numba)."""
+
+# mypy: disallow-untyped-decorators=False
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+from numba.np.numpy_support import carray
+
+from wavekv.kernels.cpu_math import (
+    FASTMATH,
+    NEG_INF,
+    PRANGE,
+    float32_at,
+    int32_at,
+    offset,
+    row_at,
+    tanh,
+)
+from wavekv.kernels.cpu_state import scaled_query
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _score_pages(
+    query: Any,
+    b: int,
+    h: int,
+    first: int,
+    mean: Any,
+    variance: Any,
+    counts: Any,
+    softcap: Any,
+    scratch: Any,
+    log_mass: Any,
+) -> None:
+    """log_mass [G, n] of the n pages from `first` on of KV head (b, h)."""
+    group, width = query.shape
+    squared = query * query
+    buffer = scratch.ctypes.data
+    last_count, log_count = np.int32(1), np.float32(0.0)
+    for n in range(log_mass.shape[1]):
+        count = carray(int32_at(offset(counts, b, h, first + n)), (1,))[0]
+        if count <= 0:
+            log_mass[:, n] = NEG_INF
+            continue
+        if count != last_count:  # nearly all pages are full: one logarithm serves them all
+            last_count, log_count = count, np.log(np.float32(count))
+        mu = row_at(offset(mean, b, h, first + n), mean[1], width, buffer)
+        var = mu
+        if variance[0] != 0:
+            var = row_at(offset(variance, b, h, first + n), variance[1], width, buffer + 4 * width)
+        for g in range(group):
+            q = query[g]
+            x = np.float32(0.0)
+            for d in range(width):
+                x += q[d] * mu[d]
+            slope = np.float32(1.0)
+            if softcap > np.float32(0.0):
+                bent = tanh(x / softcap)
+                x = softcap * bent
+                slope = np.float32(1.0) - bent * bent
+            if variance[0] != 0:
+                q = squared[g]
+                spread = np.float32(0.0)
+                for d in range(width):
+                    spread += q[d] * var[d]
+                spread *= slope * slope
+                if spread <= np.float32(2.0) * log_count:
+                    x += np.float32(0.5) * spread
+                else:
+                    x += np.sqrt(np.float32(2.0) * log_count * spread) - log_count
+            log_mass[g, n] = log_count + x
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())
+def score(
+    batch: int,
+    kv_heads: int,
+    splits: int,
+    group: int,
+    width: int,
+    pages: int,
+    query: int,
+    mean: Any,
+    variance: Any,
+    counts: Any,
+    scale: Any,
+    softcap: Any,
+    log_mass: int,
+) -> None:
+    """Write log_mass [B, Hq, N] from the views mean, variance (address 0: none) and counts.
+
+    query and log_mass are addresses.
+    """
+    out = carray(float32_at(log_mass), (batch * kv_heads, group, pages))
+    for index in prange(batch * kv_heads * splits):
+        task: Any = np.int64(index)  # prange counts unsigned, which would mix into floats
+        head, split = task // splits, task % splits
+        first, last = split * pages // splits, (split + 1) * pages // splits
+        _score_pages(
+            scaled_query(query + head * group * width * 4, group, width, scale),
+            head // kv_heads,
+            head % kv_heads,
+            first,
+            mean,
+            variance,
+            counts,
+            softcap,
+            np.empty((2, width), np.float32),
+            out[head, :, first:last],
+        )

@@ -1,0 +1,232 @@
+"""The public kernels: validate, then run numba for CPU tensors and the torch reference elsewhere.
+
+The kernels know no configuration and keep no state. `wavekv.kernels.reference` defines the letters
+and the attention state. Queries and log masses may have any float dtype; pages, keys, values and
+statistics are float32, bfloat16 or float16; the maths is float32. Results carry no gradient. A
+wrong shape, dtype or device is a ValueError that says what was expected and what came.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from wavekv.kernels import checks, reference
+from wavekv.kernels.checks import STORED_DTYPES
+
+Backend = Literal["auto", "torch", "numba"]
+State = tuple[Tensor, Tensor]
+
+_BACKEND: ContextVar[Backend] = ContextVar("wavekv_kernels_backend", default="auto")
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Fix the backend inside a with block, for this thread; meant for tests and measurements.
+
+    "torch" is the reference, "numba" the CPU kernels (they refuse other devices), "auto" the
+    default.
+    """
+    if backend not in ("auto", "torch", "numba"):
+        raise ValueError(f'backend must be "auto", "torch" or "numba", got {backend!r}')
+    token = _BACKEND.set(backend)
+    try:
+        yield
+    finally:
+        _BACKEND.reset(token)
+
+
+def score(
+    query: Tensor,
+    mean: Tensor,
+    variance: Tensor | None,
+    counts: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Estimate each page's softmax mass from its statistics: log of the sum of exp(logit).
+
+    A page of n keys has log mass log n + x + c. x is the logit of the mean key, soft-capped where
+    the model does so; c is the log of the mean of exp(logit - x). With s2 the variance of the
+    logits (by the delta method under a soft cap), Gaussian keys have c = s2 / 2. But n samples
+    cannot realise that mean once s2 > 2 log n: there the largest of them carries the sum and c =
+    sqrt(2 log n * s2) - log n, the freezing of the random energy model (Derrida, Phys. Rev. B 24,
+    2613, 1981). The branches meet with one slope, and a page of one key has c = 0. Without variance
+    c = 0, which is the estimate of RetroInfer (VLDB 19(5), section 4.2).
+
+    query: [B, Hq, D]. mean: [B, Hkv, N, D], of the keys. variance: the same shape, per dimension,
+    or None. counts: [B, Hkv, N] int32, tokens in each page. The last three may be views with any
+    strides (rows contiguous); they are read in place. scale multiplies the logits, then softcap
+    bends them to softcap * tanh(logit / softcap).
+    Returns log_mass [B, Hq, N] float32, natural logarithm; -inf where counts is 0, whatever the
+    rest.
+    """
+    checks.expect_stored("mean", mean)
+    shape = tuple(mean.shape)
+    checks.expect_heads("query", query, shape[0], shape[1], shape[3])
+    if variance is not None:
+        checks.expect("variance", variance, shape, *STORED_DTYPES, like=mean)
+        checks.expect_rows("variance", variance)
+    checks.expect("counts", counts, shape[:3], torch.int32, like=mean)
+    checks.expect_softcap(softcap)
+    run = _backend(query, mean).score
+    log_mass: Tensor = run(query, mean, variance, counts, scale=scale, softcap=softcap)
+    return log_mass
+
+
+def select(
+    log_mass: Tensor,
+    num_kv_heads: int,
+    *,
+    max_pages: int,
+    min_pages: int = 0,
+    top_p: float | None = None,
+) -> Tensor:
+    """Choose the pages that each KV head attends to exactly.
+
+    A page's rank is the sum over the query heads of its group of the softmax over pages of
+    log_mass; of equal ranks the lower index goes first. An empty page (-inf for the whole group) is
+    never chosen.
+
+    log_mass: [B, Hq, N] as from `score`. max_pages: the most pages per KV head. top_p in (0, 1]:
+    take the fewest pages that hold this share of the rank, within min_pages and max_pages; None
+    takes max_pages, and min_pages has no effect.
+    Returns page_index [B, Hkv, M] int64, M = min(max_pages, N), ascending, then -1 as padding.
+    """
+    if log_mass.dim() != 3:
+        raise ValueError(f"log_mass must be [B, Hq, N], got {tuple(log_mass.shape)}")
+    checks.expect_heads("log_mass", log_mass, log_mass.shape[0], num_kv_heads, log_mass.shape[2])
+    if not 0 <= min_pages <= max_pages:
+        raise ValueError(f"expected 0 <= min_pages <= max_pages, got {min_pages} and {max_pages}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1] or None, got {top_p}")
+    run = _backend(log_mass).select
+    page_index: Tensor = run(
+        log_mass, num_kv_heads, max_pages=max_pages, min_pages=min_pages, top_p=top_p
+    )
+    return page_index
+
+
+def attend_pages(
+    query: Tensor,
+    chunks: Sequence[Tensor],
+    page_ids: Tensor,
+    counts: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> State:
+    """Exact attention over pages, read in place.
+
+    query: [B, Hq, D]. chunks: contiguous tensors [C, 2, P, D] of one shape; page i is
+    chunks[i // C][i % C], its keys at [0], its values at [1]; may be empty if M = 0. page_ids:
+    [B, Hkv, M] int64 in any order, -1 for nothing. counts: [B, Hkv, M] int32; only the first
+    `counts` tokens of a page are read.
+    Returns the state: out [B, Hq, D], lse [B, Hq], float32.
+    On the CPU backend an id beyond the chunks, or a count beyond P, is an IndexError.
+    """
+    if query.dim() != 3 or page_ids.dim() != 3:
+        raise ValueError(
+            f"query must be [B, Hq, D] and page_ids [B, Hkv, M], "
+            f"got {tuple(query.shape)} and {tuple(page_ids.shape)}"
+        )
+    shape = tuple(page_ids.shape)
+    checks.expect_heads("query", query, shape[0], shape[1], query.shape[2])
+    checks.expect("page_ids", page_ids, shape, torch.int64, like=query)
+    checks.expect("counts", counts, shape, torch.int32, like=query)
+    checks.expect_softcap(softcap)
+    if shape[2] == 0:
+        out = torch.zeros_like(query, dtype=torch.float32)
+        return out, out.new_full(out.shape[:2], -torch.inf)
+    checks.expect_chunks(chunks, query)
+    run = _backend(query).attend_pages
+    state: State = run(query, chunks, page_ids, counts, scale=scale, softcap=softcap)
+    return state
+
+
+def attend_dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> State:
+    """Exact attention over dense keys and values, read in place.
+
+    query: [B, Hq, D]. keys, values: [B, Hkv, S, D], views with any strides (rows contiguous); S may
+    be 0. valid: [B, S] bool, False for tokens that must not be read, or None.
+    Returns the state: out [B, Hq, D], lse [B, Hq], float32.
+    """
+    checks.expect_stored("keys", keys)
+    shape = tuple(keys.shape)
+    checks.expect_heads("query", query, shape[0], shape[1], shape[3])
+    checks.expect("values", values, shape, *STORED_DTYPES, like=keys)
+    checks.expect_rows("values", values)
+    if valid is not None:
+        checks.expect("valid", valid, (shape[0], shape[2]), torch.bool, like=keys)
+    checks.expect_softcap(softcap)
+    run = _backend(query, keys).attend_dense
+    state: State = run(query, keys, values, valid, scale=scale, softcap=softcap)
+    return state
+
+
+def estimate(log_mass: Tensor, value_mean: Tensor, selected: Tensor) -> State:
+    """Estimate the attention over the pages that were not selected, from their statistics.
+
+    A page stands for its tokens with its mean value, weighted by its estimated mass: the estimation
+    zone of RetroInfer (VLDB 19(5), section 4.2).
+
+    log_mass: [B, Hq, N] as from `score`. value_mean: [B, Hkv, N, D], a view with any strides (rows
+    contiguous). selected: [B, Hkv, M] int64 page indices below N in any order, -1 for nothing.
+    Returns the state: out [B, Hq, D], lse [B, Hq], float32.
+    """
+    checks.expect_stored("value_mean", value_mean)
+    shape = tuple(value_mean.shape)
+    checks.expect_heads("log_mass", log_mass, *shape[:3])
+    if selected.dim() != 3:
+        raise ValueError(f"selected must be [B, Hkv, M], got {tuple(selected.shape)}")
+    expected = (*shape[:2], selected.shape[2])
+    checks.expect("selected", selected, expected, torch.int64, like=value_mean)
+    state: State = _backend(log_mass, value_mean).estimate(log_mass, value_mean, selected)
+    return state
+
+
+def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> State:
+    """Join the states over two disjoint sets of tokens into the state over their union.
+
+    Exact; associative and commutative up to rounding; the empty state is the identity. The name is
+    FlashInfer's.
+
+    out_a, out_b: [..., D]. lse_a, lse_b: [...], natural logarithm.
+    Returns the state: out [..., D], lse [...], float32.
+    """
+    if out_a.shape != out_b.shape or not lse_a.shape == lse_b.shape == out_a.shape[:-1]:
+        raise ValueError(
+            "states must be out [..., D], lse [...] of the same shape, got "
+            + ", ".join(str(tuple(tensor.shape)) for tensor in (out_a, lse_a, out_b, lse_b))
+        )
+    state: State = _backend(out_a, lse_a, out_b, lse_b).merge_state(out_a, lse_a, out_b, lse_b)
+    return state
+
+
+def _backend(*tensors: Tensor) -> ModuleType:
+    """The module whose functions run for these tensors. numba loads on first use."""
+    device = tensors[0].device
+    for tensor in tensors:
+        if tensor.device != device:
+            raise ValueError(f"tensors must be on one device, got {device} and {tensor.device}")
+    name = _BACKEND.get()
+    if name == "torch" or (name == "auto" and device.type != "cpu"):
+        return reference
+    if device.type != "cpu":
+        raise ValueError(f"the numba backend needs CPU tensors, got one on {device}")
+    from wavekv.kernels import cpu
+
+    return cpu

@@ -1,0 +1,150 @@
+"""The kernels in plain torch: float32 maths, any device, nothing tuned. The definition of correct.
+
+Letters: B sequences, Hq query heads, Hkv KV heads, G = Hq // Hkv, D head_dim, N pages, P page size,
+M selected pages, S tokens. The query heads of KV head h are h*G .. h*G+G-1. An attention state is
+(out [B, Hq, D], lse [B, Hq]), both float32; the empty state is out = 0, lse = -inf. The contracts
+are the docstrings of `wavekv.kernels.dispatch`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def score(
+    query: Tensor,
+    mean: Tensor,
+    variance: Tensor | None,
+    counts: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    # [B, Hkv, G, D]
+    q = _by_group(query, mean.shape[1]) * scale
+    x = q @ mean.float().mT
+    slope = torch.ones_like(x)
+    if softcap is not None:
+        bent = torch.tanh(x / softcap)
+        x = softcap * bent
+        slope = 1 - bent.square()
+    # [B, Hkv, 1, N]
+    log_count = counts.clamp(min=1).float().log().unsqueeze(2)
+    log_mass = log_count + x
+    if variance is not None:
+        spread = (q.square() @ variance.float().mT) * slope.square()
+        frozen = (2 * log_count * spread).sqrt() - log_count
+        log_mass = log_mass + torch.where(spread <= 2 * log_count, 0.5 * spread, frozen)
+    return log_mass.masked_fill((counts <= 0).unsqueeze(2), -torch.inf).flatten(1, 2)
+
+
+def select(
+    log_mass: Tensor,
+    num_kv_heads: int,
+    *,
+    max_pages: int,
+    min_pages: int = 0,
+    top_p: float | None = None,
+) -> Tensor:
+    pages = log_mass.shape[-1]
+    # [B, Hkv, G, N]
+    grouped = _by_group(log_mass, num_kv_heads)
+    # A head whose pages are all empty has no softmax, and ranks nothing.
+    rank = grouped.softmax(dim=-1).nan_to_num(nan=0.0).sum(dim=2)
+    rank = rank.masked_fill((grouped == -torch.inf).all(dim=2), -1.0)
+    rank, order = rank.sort(dim=-1, descending=True, stable=True)
+    wanted = rank >= 0
+    if top_p is not None:
+        reached = rank.clamp(min=0).cumsum(dim=-1)
+        before = torch.cat([torch.zeros_like(reached[..., :1]), reached[..., :-1]], dim=-1)
+        position = torch.arange(pages, device=log_mass.device)
+        wanted &= (before < top_p * reached[..., -1:]) | (position < min_pages)
+    # Unwanted pages sort behind every index, and become the padding.
+    order = order.masked_fill(~wanted, pages)[..., :max_pages].sort(dim=-1).values
+    return order.masked_fill(order == pages, -1)
+
+
+def attend_pages(
+    query: Tensor,
+    chunks: Sequence[Tensor],
+    page_ids: Tensor,
+    counts: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    chunk_pages, _, page_size, width = chunks[0].shape
+    # [B, Hkv, M, 2, P, D]
+    pages = query.new_zeros(*page_ids.shape, 2, page_size, width, dtype=torch.float32)
+    for i, chunk in enumerate(chunks):
+        here = (page_ids >= i * chunk_pages) & (page_ids < (i + 1) * chunk_pages)
+        pages[here] = chunk[page_ids[here] - i * chunk_pages].float()
+    slot = torch.arange(page_size, device=query.device)
+    live = (slot < counts.unsqueeze(-1)) & (page_ids >= 0).unsqueeze(-1)
+    keys, values = pages[:, :, :, 0].flatten(2, 3), pages[:, :, :, 1].flatten(2, 3)
+    return _attend(query, keys, values, live.flatten(2), scale, softcap)
+
+
+def attend_dense(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    if valid is None:
+        valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
+    live = valid.unsqueeze(1).expand(keys.shape[:3])
+    return _attend(query, keys.float(), values.float(), live, scale, softcap)
+
+
+def estimate(log_mass: Tensor, value_mean: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, pages, _ = value_mean.shape
+    # The column after the last page takes the -1 padding.
+    taken = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=log_mass.device)
+    taken.scatter_(2, selected.masked_fill(selected < 0, pages), True)
+    # [B, Hkv, G, N]
+    logits = _by_group(log_mass, kv_heads)
+    logits = logits.masked_fill(taken[..., :pages].unsqueeze(2), -torch.inf)
+    return _weigh(logits, value_mean.float())
+
+
+def merge_state(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    # [..., 2]
+    masses = torch.stack([lse_a.float(), lse_b.float()], dim=-1)
+    lse = masses.logsumexp(dim=-1)
+    # Where both are empty the softmax is NaN.
+    weights = masses.softmax(dim=-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+    return out_a.float() * weights[..., :1] + out_b.float() * weights[..., 1:], lse
+
+
+def _by_group(tensor: Tensor, kv_heads: int) -> Tensor:
+    """[B, Hq, X] -> float32 [B, Hkv, G, X]."""
+    batch, heads, last = tensor.shape
+    return tensor.float().reshape(batch, kv_heads, heads // kv_heads, last)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, live: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The state over keys, values [B, Hkv, S, D] where live [B, Hkv, S]; the rest may be NaN."""
+    # [B, Hkv, G, S]
+    logits = _by_group(query, keys.shape[1]) @ keys.mT * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return _weigh(logits.masked_fill(~live.unsqueeze(2), -torch.inf), values)
+
+
+def _weigh(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of logits [B, Hkv, G, S] over values [B, Hkv, S, D], as a state."""
+    # 0 * NaN is NaN: a value that no head attends to must not be multiplied.
+    dead = (logits == -torch.inf).all(dim=2).unsqueeze(-1)
+    lse = logits.logsumexp(dim=-1)
+    weights = logits.softmax(dim=-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
+    out = weights @ values.masked_fill(dead, 0.0)
+    return out.flatten(1, 2), lse.flatten(1, 2)

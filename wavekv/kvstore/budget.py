@@ -1,0 +1,60 @@
+"""A cap on host memory, shared by everything that stores pages for one cache."""
+
+from pathlib import Path
+
+import psutil
+
+from wavekv.errors import CapacityError
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory() -> int:
+    """Bytes this process may still use: the machine's, or less where a cgroup (v2) says so."""
+    available: int = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used))
+
+
+class MemoryBudget:
+    """Counts bytes against a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    @classmethod
+    def of(cls, size: float | int) -> "MemoryBudget":
+        """A budget of `size` bytes, or of a share of the available memory if a float."""
+        return cls(int(size * available_memory()) if isinstance(size, float) else size)
+
+    @property
+    def free(self) -> int:
+        """Bytes that may still be taken."""
+        return self.limit - self.used
+
+    def take(self, num_bytes: int) -> None:
+        """Count `num_bytes` as used.
+
+        Raises:
+            CapacityError: they do not fit; nothing is counted then.
+        """
+        self.check(num_bytes)
+        self.used += num_bytes
+
+    def check(self, num_bytes: int) -> None:
+        """Raise CapacityError if `num_bytes` more do not fit."""
+        if num_bytes > self.free:
+            raise CapacityError(
+                f"host pages need {num_bytes / 2**20:.1f} MiB more, but cpu_budget is "
+                f"{self.limit / 2**20:.1f} MiB of host RAM and {self.used / 2**20:.1f} MiB are in "
+                "use; raise cpu_budget, shorten the context, or free another cache"
+            )
+
+    def give(self, num_bytes: int) -> None:
+        """Count `num_bytes` as free again."""
+        self.used -= num_bytes

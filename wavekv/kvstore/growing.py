@@ -1,0 +1,64 @@
+"""A tensor that grows along one dimension without being copied at each append."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class GrowingTensor:
+    """Rows appended along `dim` into a buffer whose capacity doubles: amortised O(1) an element."""
+
+    def __init__(self, empty: Tensor, dim: int) -> None:
+        """`empty` fixes shape, dtype and device; its size along `dim` is 0."""
+        self.dim = dim
+        self._buffer = empty
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def view(self) -> Tensor:
+        """The rows held: a view, valid until the next change."""
+        return self._buffer.narrow(self.dim, 0, self._length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows held."""
+        return self.view.numel() * self._buffer.element_size()
+
+    def append(self, rows: Tensor) -> None:
+        """Copy `rows` behind the last."""
+        end = self._length + rows.shape[self.dim]
+        if end > self._buffer.shape[self.dim]:
+            self._grow(max(end, 2 * self._length))
+        self._buffer.narrow(self.dim, self._length, end - self._length).copy_(rows)
+        self._length = end
+
+    def truncate(self, length: int) -> None:
+        """Forget all rows from `length` on."""
+        self._length = min(self._length, length)
+
+    def drop(self, start: int, count: int) -> None:
+        """Forget `count` rows from `start` on; later rows move up."""
+        kept = self.view.narrow(self.dim, start + count, self._length - start - count).clone()
+        self._buffer.narrow(self.dim, start, kept.shape[self.dim]).copy_(kept)
+        self._length -= count
+
+    def select(self, index: Tensor) -> None:
+        """Keep the sequences `index` [B'] of the first dimension, in that order."""
+        self._buffer = self.view.index_select(0, index.to(self._buffer.device))
+
+    def clone(self) -> GrowingTensor:
+        """An independent copy."""
+        copy = GrowingTensor(self.view.clone(), self.dim)
+        copy._length = self._length
+        return copy
+
+    def _grow(self, capacity: int) -> None:
+        shape = list(self._buffer.shape)
+        shape[self.dim] = capacity
+        grown = torch.empty(shape, dtype=self._buffer.dtype, device=self._buffer.device)
+        grown.narrow(self.dim, 0, self._length).copy_(self.view)
+        self._buffer = grown

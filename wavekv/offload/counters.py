@@ -1,0 +1,37 @@
+"""What one layer did since it was made: plain sums, kept on the device until somebody asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Counters:
+    """Sums over decode steps. `retrieved_share` and `tail_mass` are means over heads, summed."""
+
+    steps: int = 0
+    retrieved_share: Tensor | float = 0.0
+    tail_mass: Tensor | float = 0.0
+    bytes_to_host: int = 0
+    bytes_to_device: int = 0
+
+    def record_step(
+        self, retrieved_tokens: Tensor, num_tokens: int, tail_lse: Tensor, total_lse: Tensor
+    ) -> None:
+        """Add a step. retrieved_tokens: [B, Hkv]; tail_lse, total_lse: [B, Hq]."""
+        self.steps += 1
+        self.retrieved_share = self.retrieved_share + retrieved_tokens.float().mean() / num_tokens
+        self.tail_mass = self.tail_mass + torch.exp(tail_lse - total_lse).mean()
+
+    def copy(self) -> Counters:
+        """The same sums, free to go on by themselves."""
+        return Counters(
+            self.steps,
+            self.retrieved_share,
+            self.tail_mass,
+            self.bytes_to_host,
+            self.bytes_to_device,
+        )

@@ -156,10 +156,14 @@ def model_config(vocab_size: int) -> LlamaConfig:
 
 def loader(stage: Stage, split: corpus.Split, rows: int, seed: int, workers: int) -> DataLoader:
     data = PlantedText(stage, split, seed)
-    return DataLoader(data, batch_size=rows, num_workers=workers, prefetch_factor=4, pin_memory=True)
+    return DataLoader(
+        data, batch_size=rows, num_workers=workers, prefetch_factor=4, pin_memory=True
+    )
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, hold: float = 0.7) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 100, hold: float = 0.7
+) -> float:
     """Linear warm-up, constant for `hold` of the run, then half a cosine down to 8 %."""
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -178,7 +182,15 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace, log: list[dict]) ->
     total, step, began = sum(s.steps for s in stages), 0, time.time()
     for stage in stages:
         rows = stage.tokens_per_step // stage.length
-        batches = iter(loader(stage, "train", rows, args.seed + stage.length + 7 * (args.phase == 'long'), args.workers))
+        batches = iter(
+            loader(
+                stage,
+                "train",
+                rows,
+                args.seed + stage.length + 7 * (args.phase == "long"),
+                args.workers,
+            )
+        )
         for _ in range(stage.steps):
             tokens, weights = (x.cuda(non_blocking=True) for x in next(batches))
             for group in optimiser.param_groups:
@@ -206,11 +218,19 @@ def planted_loss(model, tokens, weights):
     """Weighted cross entropy, and the loss and token accuracy on answers alone."""
     with torch.autocast("cuda", dtype=torch.bfloat16):
         out = model(input_ids=tokens[:, :-1], use_cache=False)
-    logits, target, weight = out.logits.flatten(0, 1), tokens[:, 1:].flatten(), weights[:, 1:].flatten()
+    logits, target, weight = (
+        out.logits.flatten(0, 1),
+        tokens[:, 1:].flatten(),
+        weights[:, 1:].flatten(),
+    )
     each = F.cross_entropy(logits.float(), target, reduction="none")
     answers = (weight >= 1.0).float()
     right = ((logits.detach().argmax(-1) == target) * answers).sum() / answers.sum()
-    return (each * weight).sum() / weight.sum(), (each.detach() * answers).sum() / answers.sum(), right
+    return (
+        (each * weight).sum() / weight.sum(),
+        (each.detach() * answers).sum() / answers.sum(),
+        right,
+    )
 
 
 @torch.no_grad()
@@ -231,7 +251,9 @@ def evaluate(model: LlamaForCausalLM, length: int, count: int, seed: int) -> flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phase", choices=PHASES, required=True)
@@ -248,7 +270,9 @@ def main() -> None:
     model = LlamaForCausalLM(model_config(vocab_size)).cuda()
     model.set_attn_implementation("causal_only")
     if args.start:
-        model.load_state_dict(restore_rows(load_file(args.start / "model.safetensors")), strict=False)
+        model.load_state_dict(
+            restore_rows(load_file(args.start / "model.safetensors")), strict=False
+        )
     log: list[dict] = []
     train(model, args, log)
     packed = quantise_rows({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"})

@@ -1,6 +1,6 @@
 """Train the demo model's tokenizer: byte-level BPE, single digits, on the training split and planted facts.
 
-    python bench/train_demo_tokenizer.py
+python bench/train_demo_tokenizer.py
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ def train(vocab_size: int, seed: int) -> Tokenizer:
     rng = random.Random(seed)
     planted = [fact for _ in range(6) for fact in facts.draw_facts(len(facts.NAMES), rng)]
     names = [f" {name}" for name in facts.NAMES] * NAME_REPEATS
-    lines = names + corpus.passages("train") + [f" {f.statement}{f.question}{f.value}\n" for f in planted]
+    lines = (
+        names
+        + corpus.passages("train")
+        + [f" {f.statement}{f.question}{f.value}\n" for f in planted]
+    )
     tokenizer.train_from_iterator(lines, trainer)
     return tokenizer
 
@@ -54,7 +58,9 @@ def main() -> None:
     split = [name for name in facts.NAMES if len(tokenizer.encode(f" {name}").ids) != 1]
     assert not split, f"expected one token a name, got more for {split}"
     text = "\n".join(corpus.passages("heldout"))
-    print(f"{args.out}: {tokenizer.get_vocab_size()} entries, {len(text) / len(tokenizer.encode(text).ids):.2f} characters a token")
+    print(
+        f"{args.out}: {tokenizer.get_vocab_size()} entries, {len(text) / len(tokenizer.encode(text).ids):.2f} characters a token"
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ IDS = torch.zeros(1, 2, 5, dtype=torch.int64)
 CHUNK = torch.zeros(3, 2, 4, 8)
 
 
-def test_import_and_the_torch_backend_load_no_numba() -> None:
+def test_numba_loads_on_first_use_and_leaves_the_threads_of_torch_alone() -> None:
     program = """
 import sys, torch
 from wavekv.kernels import merge_state, use_backend
@@ -25,8 +25,11 @@ state = torch.zeros(2, 4), torch.zeros(2)
 with use_backend("torch"):
     merge_state(*state, *state)
 assert "numba" not in sys.modules
+torch.set_num_threads(1)
 merge_state(*state, *state)
 assert "numba" in sys.modules
+# numba's OpenMP layer shares libgomp with torch
+assert torch.get_num_threads() == 1
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -20,7 +20,15 @@ Split = Literal["train", "heldout"]
 HELDOUT_SHARE = 4
 """One file in this many is held out from training."""
 
-_SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+    "turtledemo",
+}
 
 
 def passages(split: Split) -> list[str]:

@@ -13,22 +13,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_FIRST = (
-    "Vel Tor Bran Quil Mar Sten Hol Dra Fen Gal Ister Jor Kel Lun Mor Nar "
-    "Pel Rav Sul Thal Ul Ver Wil Yar Zan Ash Bel Cor Dun Eld Gor Orv"
-).split()
-_SECOND = (
-    "mar nic dale wick ton vik holm ster gard mond lin ros tek bury fell mere "
-    "stad dor van lock thorn ham field nor sund berg cott moor den ford gate port"
-).split()
+_FIRST = ["Vel", "Tor", "Bran", "Quil", "Mar", "Sten", "Hol", "Dra", "Fen", "Gal", "Ister", "Jor", "Kel", "Lun", "Mor", "Nar", "Pel", "Rav", "Sul", "Thal", "Ul", "Ver", "Wil", "Yar", "Zan", "Ash", "Bel", "Cor", "Dun", "Eld", "Gor", "Orv"]
+_SECOND = ["mar", "nic", "dale", "wick", "ton", "vik", "holm", "ster", "gard", "mond", "lin", "ros", "tek", "bury", "fell", "mere", "stad", "dor", "van", "lock", "thorn", "ham", "field", "nor", "sund", "berg", "cott", "moor", "den", "ford", "gate", "port"]
 NAMES = tuple(first + second for first in _FIRST for second in _SECOND)
 """Names of subjects. Each is one token of the demo tokenizer."""
-PLACES = (
-    "archive harbour library station museum warehouse clinic observatory bakery garage hotel school "
-    "theatre laboratory market chapel factory office depot tower bridge airport stadium gallery "
-    "kitchen cellar vault workshop farm mill court prison palace hospital academy foundry brewery "
-    "quarry lighthouse cemetery"
-).split()
+PLACES = ["archive", "harbour", "library", "station", "museum", "warehouse", "clinic", "observatory", "bakery", "garage", "hotel", "school", "theatre", "laboratory", "market", "chapel", "factory", "office", "depot", "tower", "bridge", "airport", "stadium", "gallery", "kitchen", "cellar", "vault", "workshop", "farm", "mill", "court", "prison", "palace", "hospital", "academy", "foundry", "brewery", "quarry", "lighthouse", "cemetery"]
 ATTRIBUTES = ("access code", "serial number", "locker number", "registration number")
 STATEMENTS = (
     "The {attribute} for the {subject} is {value}.",
@@ -69,7 +58,9 @@ def draw_facts(count: int, rng: random.Random) -> list[Fact]:
         ValueError: more facts than there are names.
     """
     if count > len(NAMES):
-        raise ValueError(f"expected at most {len(NAMES)} facts, got {count}; there is a fact a name")
+        raise ValueError(
+            f"expected at most {len(NAMES)} facts, got {count}; there is a fact a name"
+        )
     facts = []
     for name in rng.sample(NAMES, count):
         subject = f"{name} {rng.choice(PLACES)}"

@@ -15,14 +15,14 @@ from torch import Tensor
 from wavekv.kernels import cpu_dense, cpu_estimate, cpu_merge, cpu_pages, cpu_score, cpu_select
 from wavekv.kernels.cpu_math import BFLOAT16, FLOAT16, FLOAT32
 
-# counts are the only int32 views; their code is never looked at.
 _DTYPE_CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _NO_VIEW = (0, 0, 0, 0, 0)
 
 # numba's workqueue threading layer crashes when two threads launch at once.
 _LAUNCH = threading.Lock()
 
-# numba's OpenMP layer shares libgomp with torch, and as it starts (here) it sets torch's thread count.
+# numba's OpenMP layer shares libgomp with torch, and as it starts (here) it sets torch's thread
+# count.
 _torch_threads = torch.get_num_threads()
 numba.get_num_threads()
 torch.set_num_threads(_torch_threads)
@@ -157,9 +157,8 @@ def merge_state(
 ) -> tuple[Tensor, Tensor]:
     out_a, lse_a, out_b, lse_b = map(_float32, (out_a, lse_a, out_b, lse_b))
     out, lse = torch.empty(out_a.shape), torch.empty(lse_a.shape)
-    few = out.numel() < _MERGE_SERIAL
     _launch(
-        cpu_merge.merge_serial if few else cpu_merge.merge_parallel,
+        cpu_merge.merge_serial if out.numel() < _MERGE_SERIAL else cpu_merge.merge_parallel,
         lse.numel(),
         *(lse.numel(), out.shape[-1]),
         *(tensor.data_ptr() for tensor in (out_a, lse_a, out_b, lse_b, out, lse)),
@@ -193,8 +192,8 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _view(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, dtype code and the byte strides of the three outer dimensions."""
+    """Address, dtype code (-1: int32 counts) and byte strides of the three outer dimensions."""
     size = tensor.element_size()
     stride = tensor.stride()
-    code = _DTYPE_CODES.get(tensor.dtype, FLOAT32)
+    code = _DTYPE_CODES.get(tensor.dtype, -1)
     return tensor.data_ptr(), code, stride[0] * size, stride[1] * size, stride[2] * size

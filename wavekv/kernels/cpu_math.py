@@ -22,8 +22,8 @@ from numba.np.numpy_support import carray
 # reassoc lets LLVM vectorise sums. nnan and ninf stay out: empty pages score -inf and must keep it.
 FASTMATH = {"reassoc", "contract", "arcp", "nsz"}
 
-# Of all that numba can run on threads, only our own prange loops: every further parallel region is one
-# more wait for all threads.
+# Of all that numba can run on threads, only our own prange loops: every further parallel region is
+# one more wait for all threads. Pass a copy: numba empties the dict it gets.
 PRANGE = {
     "prange": True,
     "comprehension": False,
@@ -76,24 +76,29 @@ half_to_float = _cast(
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _convert_row(address: int, dtype: int, width: int, scratch: int) -> None:
+    """Write the `width` bf16 or fp16 numbers at `address` to scratch, as float32."""
+    row = carray(float32_at(scratch), (width,))
+    bits = carray(uint16_at(address), (width,))
+    if dtype == BFLOAT16:
+        for d in range(width):
+            row[d] = bits_to_float(np.uint32(bits[d]) << np.uint32(16))
+    else:
+        for d in range(width):
+            row[d] = half_to_float(bits[d])
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
 def row_at(address: int, dtype: int, width: int, scratch: int) -> Any:
     """The `width` numbers at `address` as float32 [width]: that memory, or converted to scratch.
 
     Scratch comes as an address too: an array made from an address owns nothing, so that no row
     costs an atomic reference count. The caller keeps the memory alive.
     """
-    if dtype == FLOAT32:
-        scratch = address
-    else:
-        row = carray(float32_at(scratch), (width,))
-        bits = carray(uint16_at(address), (width,))
-        if dtype == BFLOAT16:
-            for d in range(width):
-                row[d] = bits_to_float(np.uint32(bits[d]) << np.uint32(16))
-        else:
-            for d in range(width):
-                row[d] = half_to_float(bits[d])
-    return carray(float32_at(scratch), (width,))
+    if dtype != FLOAT32:
+        _convert_row(address, dtype, width, scratch)
+        address = scratch
+    return carray(float32_at(address), (width,))
 
 
 @njit(nogil=True, cache=True)

@@ -68,7 +68,9 @@ class HostArena:
             raise
         start = self.capacity
         self.chunks += new
-        self._references = torch.cat([self._references, self._references.new_zeros(self.capacity - start)])
+        self._references = torch.cat(
+            [self._references, self._references.new_zeros(self.capacity - start)]
+        )
         self._free = torch.cat([self._free, torch.arange(start, self.capacity)])
 
     def allocate(self, num_pages: int) -> Tensor:

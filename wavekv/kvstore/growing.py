@@ -36,6 +36,14 @@ class GrowingTensor:
         self._buffer.narrow(self.dim, self._length, end - self._length).copy_(rows)
         self._length = end
 
+    def insert_front(self, count: int) -> None:
+        """Put `count` rows of zeros before the first."""
+        kept = self.view
+        shape = list(kept.shape)
+        shape[self.dim] = count
+        self._buffer = torch.cat([kept.new_zeros(shape), kept], self.dim)
+        self._length = self._buffer.shape[self.dim]
+
     def truncate(self, length: int) -> None:
         """Forget all rows from `length` on."""
         self._length = min(self._length, length)

@@ -23,6 +23,7 @@ class SteadyZone:
         self.valid = GrowingTensor(torch.empty(batch, 0, dtype=torch.bool, device=device), dim=1)
         self.sink_positions = torch.empty(batch, 0, dtype=torch.int64, device=device)
         self.start = 0
+        self.has_padding = False
         self.is_ragged = False
 
     @property
@@ -57,7 +58,7 @@ class SteadyZone:
         if valid is None:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         else:
-            self.is_ragged = True
+            self.has_padding = self.is_ragged = True
         self.valid.append(valid)
 
     def local(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,21 +70,28 @@ class SteadyZone:
             self.valid.view.narrow(1, at, count),
         )
 
-    def open_sinks(self, num_slots: int) -> None:
-        """Move each sequence's first `num_slots` valid tokens into sink slots, where they stay."""
-        batch = self.keys.view.shape[0]
-        keys, values, valid = self.keys.view, self.values.view, self.valid.view
-        # [B, num_slots]: the first valid tokens first, ties in order
-        order = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices
-        chosen = order[:, :num_slots]
-        filled = valid.gather(1, chosen)
-        rows = chosen[:, None, :, None].expand(batch, keys.shape[1], -1, keys.shape[3])
-        sinks = [x.gather(2, rows) for x in (keys, values)]
-        rest = valid.clone().scatter_(1, chosen, False)
-        self.sink_positions = torch.where(filled, chosen + self.start, -1)
-        self.keys = _joined(sinks[0], keys, dim=2)
-        self.values = _joined(sinks[1], values, dim=2)
-        self.valid = _joined(filled, rest, dim=1)
+    def fill_sinks(self, num_slots: int) -> None:
+        """Move each sequence's first `num_slots` valid tokens into sink slots, where they stay.
+
+        Sequences that have sinks already keep them: one whose padding outlasts the first segment
+        gets its sinks later than the others.
+        """
+        if num_slots == 0 or (self.num_sink_slots and not self.has_padding):
+            return
+        if self.num_sink_slots == 0:
+            self._open_slots(num_slots)
+        keys, values, valid = self.local(0, self.num_local)
+        # [B, A]: the first valid tokens, in order
+        chosen = torch.sort((~valid).to(torch.int8), dim=1, stable=True).indices[:, :num_slots]
+        lacking = ~self.valid.view[:, :num_slots].any(1, keepdim=True)
+        filled = valid.gather(1, chosen) & lacking
+        rows = chosen[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        for part, local in ((self.keys, keys), (self.values, values)):
+            slots = part.view[:, :, :num_slots]
+            slots.copy_(torch.where(filled[:, None, :, None], local.gather(2, rows), slots))
+        self.sink_positions = torch.where(filled, chosen + self.start, self.sink_positions)
+        self.valid.view[:, :num_slots].logical_or_(filled)
+        valid.scatter_(1, chosen, valid.gather(1, chosen) & ~filled)
         self.is_ragged = True
 
     def drop_oldest(self, count: int) -> None:
@@ -91,19 +99,15 @@ class SteadyZone:
         for part in (self.keys, self.values, self.valid):
             part.drop(self.num_sink_slots, count)
         self.start += count
-
-    def settle_mask(self) -> None:
-        """Do without the mask again if every slot is filled. Waits for the device."""
-        self.is_ragged = not bool(self.valid.view.all())
+        # the slots that sinks left behind are gone too
+        self.is_ragged = self.has_padding
 
     def truncate(self, end: int) -> None:
         """Forget local tokens at positions >= `end` (>= start)."""
         for part in (self.keys, self.values, self.valid):
             part.truncate(self.num_sink_slots + end - self.start)
 
-    def restart(
-        self, start: int, end: int, keys: Tensor, values: Tensor, valid: Tensor
-    ) -> None:
+    def restart(self, start: int, end: int, keys: Tensor, values: Tensor, valid: Tensor) -> None:
         """Replace the local tokens by [start, end), and forget sinks at positions >= `end`.
 
         keys, values: [B, Hkv, end - start, D]; valid: [B, end - start].
@@ -130,11 +134,11 @@ class SteadyZone:
         copy.valid = self.valid.clone()
         copy.sink_positions = self.sink_positions
         copy.start, copy.is_ragged = self.start, self.is_ragged
+        copy.has_padding = self.has_padding
         return copy
 
-
-def _joined(front: Tensor, back: Tensor, dim: int) -> GrowingTensor:
-    joined = GrowingTensor(front.narrow(dim, 0, 0), dim)
-    joined.append(front)
-    joined.append(back)
-    return joined
+    def _open_slots(self, num_slots: int) -> None:
+        batch = self.sink_positions.shape[0]
+        self.sink_positions = self.sink_positions.new_full((batch, num_slots), -1)
+        for part in (self.keys, self.values, self.valid):
+            part.insert_front(num_slots)

@@ -1,0 +1,7 @@
+"""Moving bytes and attending to them: zones, budgets, page building, prefill chunks, decode steps."""
+
+from wavekv.offload.attention import Logits
+from wavekv.offload.context import LayerContext
+from wavekv.offload.runtime import OffloadRuntime
+
+__all__ = ["LayerContext", "Logits", "OffloadRuntime"]

@@ -1,0 +1,141 @@
+"""Attention over the zones of one layer: a decode step, and a chunk of many queries.
+
+Each zone gives an attention state; states merge exactly (DESIGN of the three zones: docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wavekv.config import OffloadConfig
+from wavekv.kernels import attend_dense, attend_pages, estimate, merge_state, score, select
+from wavekv.kernels.block import attend_block
+from wavekv.offload.budget import page_limits
+from wavekv.offload.counters import Counters
+from wavekv.offload.paged import PagedZone
+from wavekv.offload.steady import SteadyZone
+from wavekv.offload.transfer import fetch_pages, stream_pages
+
+State = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """How a model makes logits of inner products."""
+
+    scale: float
+    softcap: float | None = None
+
+
+def attend_step(
+    query: Tensor,
+    steady: SteadyZone,
+    paged: PagedZone,
+    logits: Logits,
+    config: OffloadConfig,
+    counters: Counters,
+) -> State:
+    """One decode step. query: [B, Hq, D]; the steady zone holds the query's own token.
+
+    Reads: the steady zone, all page statistics, and the selected pages; in "exact" mode all pages.
+    """
+    options = {"scale": logits.scale, "softcap": logits.softcap}
+    state = attend_dense(query, steady.keys.view, steady.values.view, steady.mask, **options)
+    if paged.num_pages == 0:
+        return state
+    if config.mode == "exact":
+        return merge_state(*state, *_attend_all_pages(query, paged, logits, counters))
+    variance = paged.variance.view if config.tail_estimate == "second" else None
+    counts = paged.device_counts.view
+    log_mass = score(query, paged.mean.view, variance, counts, **options)
+    least, most = page_limits(config, steady.end)
+    chosen = select(log_mass, counts.shape[1], max_pages=most, min_pages=least, top_p=config.top_p)
+    retrieved, num_retrieved = _attend_chosen(query, paged, chosen, logits, counters)
+    state = merge_state(*state, *retrieved)
+    tail = estimate(log_mass, paged.value_mean.view, chosen)
+    total = merge_state(*state, *tail)
+    counters.record_step(num_retrieved, steady.end, tail[1], total[1])
+    return state if config.tail_estimate == "none" else total
+
+
+def attend_chunk(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    valid: Tensor | None,
+    steady: SteadyZone,
+    paged: PagedZone,
+    logits: Logits,
+    counters: Counters,
+) -> State:
+    """Exact causal attention of T new tokens to all before them and to each other.
+
+    query: [B, Hq, T, D]; keys, values: [B, Hkv, T, D] of the new tokens, not yet in a zone; valid:
+    [B, T] or None. Returns out [B, Hq, T, D], lse [B, Hq, T].
+    """
+    options = {"scale": logits.scale, "softcap": logits.softcap}
+    state = attend_block(query, keys, values, valid=valid, causal=True, **options)
+    before = attend_block(query, steady.keys.view, steady.values.view, valid=steady.mask, **options)
+    state = merge_state(*state, *before)
+    for block in stream_pages(paged, query.device):
+        part = attend_block(query, block.keys, block.values, valid=block.valid, **options)
+        state = merge_state(*state, *part)
+        counters.bytes_to_device += 2 * block.keys.nbytes
+    return state
+
+
+def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters: Counters) -> State:
+    if query.device.type == "cpu":
+        counters.bytes_to_device += paged.page_ids.view.numel() * paged.arena.layout.page_bytes
+        ids, counts = paged.page_ids.view, paged.counts.view
+        return attend_pages(
+            query, paged.arena.chunks, ids, counts, scale=logits.scale, softcap=logits.softcap
+        )
+    state: State | None = None
+    for block in stream_pages(paged, query.device):
+        part = attend_block(
+            query[:, :, None],
+            block.keys,
+            block.values,
+            valid=block.valid,
+            scale=logits.scale,
+            softcap=logits.softcap,
+        )
+        state = part if state is None else merge_state(*state, *part)
+        counters.bytes_to_device += 2 * block.keys.nbytes
+    assert state is not None
+    return state[0][:, :, 0], state[1][:, :, 0]
+
+
+def _attend_chosen(
+    query: Tensor, paged: PagedZone, chosen: Tensor, logits: Logits, counters: Counters
+) -> tuple[State, Tensor]:
+    """The state of the chosen pages [B, Hkv, M] (-1 padded) and the tokens in them [B, Hkv]."""
+    on_host = chosen.cpu()
+    is_page, index = on_host >= 0, on_host.clamp_min(0)
+    ids = paged.page_ids.view.gather(2, index).masked_fill_(~is_page, -1)
+    counts = paged.counts.view.gather(2, index).masked_fill_(~is_page, 0)
+    chunks, local_ids = fetch_pages(paged, ids, query.device)
+    counters.bytes_to_device += int(is_page.sum()) * paged.arena.layout.page_bytes
+    state = attend_pages(
+        query,
+        chunks,
+        local_ids,
+        counts.to(query.device),
+        scale=logits.scale,
+        softcap=logits.softcap,
+    )
+    return state, counts.sum(-1)
+
+
+def add_attention_sink(state: State, sink_logits: Tensor) -> State:
+    """Let learned sinks (gpt-oss) into the denominator: a token of value zero for each head.
+
+    state: out [B, Hq, T, D], lse [B, Hq, T]; sink_logits: [Hq].
+    """
+    out, lse = state
+    sinks = sink_logits.float().reshape(1, -1, 1).expand(lse.shape)
+    return merge_state(out, lse, torch.zeros_like(out), sinks)

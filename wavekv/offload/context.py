@@ -1,0 +1,204 @@
+"""One layer's context: its tokens in three zones, how it grows, shrinks and is attended to.
+
+Every valid token is in exactly one place: a sink slot, a page, or the local window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from wavekv.errors import LayoutError
+from wavekv.offload.attention import Logits, State, add_attention_sink, attend_chunk, attend_step
+from wavekv.offload.budget import cut_segments
+from wavekv.offload.builder import build_segment
+from wavekv.offload.counters import Counters
+from wavekv.offload.paged import PagedZone, SegmentPages
+from wavekv.offload.runtime import OffloadRuntime
+from wavekv.offload.steady import SteadyZone
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _on_plain_tensors(
+    method: Callable[Concatenate[LayerContext, P], R],
+) -> Callable[Concatenate[LayerContext, P], R]:
+    """State made inside inference mode could not be changed outside it: leave that mode."""
+
+    @wraps(method)
+    def wrapped(self: LayerContext, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class LayerContext:
+    """The context of one layer for B sequences. Made for the tokens of its first `attend`."""
+
+    def __init__(self, runtime: OffloadRuntime, keys: Tensor, values: Tensor) -> None:
+        """keys, values: [B, Hkv, T, D] give shapes, dtype and device; nothing is stored yet.
+
+        Raises:
+            LayoutError: values of another shape than keys.
+        """
+        if keys.shape != values.shape:
+            raise LayoutError(
+                f"keys and values must have one shape, got {tuple(keys.shape)} and "
+                f"{tuple(values.shape)}; models whose value heads differ in size are not supported"
+            )
+        self.runtime = runtime
+        self.counters = Counters()
+        with torch.inference_mode(False), torch.no_grad():
+            B, H, _, D = keys.shape
+            empty = torch.empty(B, H, 0, D, dtype=keys.dtype, device=keys.device)
+            self.steady = SteadyZone(empty, empty.clone())
+            arena = runtime.arena(D, keys.dtype, keys.device)
+            self.paged = PagedZone(arena, B, H, like=empty)
+        self._pending: Future[list[SegmentPages]] | None = None
+        self._pending_ids: list[Tensor] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens held, padding included."""
+        return self.steady.end
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, Hkv, D)."""
+        B, H, _, D = self.steady.keys.view.shape
+        return B, H, D
+
+    @_on_plain_tensors
+    def attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor | None,
+        logits: Logits,
+        sink_logits: Tensor | None = None,
+    ) -> Tensor:
+        """Take in T new tokens and attend with their queries: [B, Hq, T, D] float32.
+
+        One token is a decode step in the configured mode; several are attended to exactly.
+        query: [B, Hq, T, D]; keys, values: [B, Hkv, T, D]; valid: [B, T] bool or None for all.
+        """
+        self.settle()
+        if query.shape[2] == 1:
+            self.steady.append(keys, values, valid)
+            config = self.runtime.config
+            out, lse = attend_step(
+                query[:, :, 0], self.steady, self.paged, logits, config, self.counters
+            )
+            state: State = out[:, :, None], lse[:, :, None]
+        else:
+            state = attend_chunk(
+                query, keys, values, valid, self.steady, self.paged, logits, self.counters
+            )
+            self.steady.append(keys, values, valid)
+        if sink_logits is not None:
+            state = add_attention_sink(state, sink_logits)
+        self._page_out()
+        return state[0]
+
+    def segments_after(self, num_new: int) -> list[int]:
+        """Lengths of the segments that will be paged out once `num_new` more tokens came."""
+        config = self.runtime.config
+        smallest = config.segment if self.runtime.is_prefilling else config.append_segment
+        waiting = self.steady.num_local + num_new - config.window
+        return cut_segments(waiting, segment=config.segment, smallest=smallest)
+
+    def _page_out(self) -> None:
+        """Start building pages of the oldest local tokens, if there are enough."""
+        lengths = self.segments_after(0)
+        if not lengths:
+            return
+        B, H, _ = self.shape
+        page_size = self.runtime.config.page_size
+        self.steady.fill_sinks(self.runtime.config.num_sink_tokens)
+        arena = self.paged.arena
+        arena.reserve(B * H * sum(lengths) // page_size)
+        jobs, first = [], 0
+        for length in lengths:
+            ids = arena.allocate(B * H * length // page_size)
+            self._pending_ids.append(ids)
+            keys, values, valid = self.steady.local(first, length)
+            mask = valid if self.steady.is_ragged else None
+            jobs.append((keys, values, mask, self.steady.start + first, ids))
+            first += length
+
+        def build() -> list[SegmentPages]:
+            return [
+                build_segment(k, v, mask, start=start, arena=arena, page_ids=ids)
+                for k, v, mask, start, ids in jobs
+            ]
+
+        self._pending = self.runtime.builder.submit(self.steady.keys.view.device, build)
+
+    @_on_plain_tensors
+    def settle(self) -> None:
+        """Wait for pages under construction and take them in. On failure the tokens stay local."""
+        if self._pending is None:
+            return
+        pending, ids = self._pending, self._pending_ids
+        self._pending, self._pending_ids = None, []
+        try:
+            segments = pending.result()
+        except BaseException:
+            for part in ids:
+                self.paged.arena.release(part)
+            raise
+        for segment in segments:
+            self.paged.append(segment)
+            self.counters.bytes_to_host += (
+                segment.page_ids.numel() * self.paged.arena.layout.page_bytes
+            )
+        self.steady.drop_oldest(sum(segment.length for segment in segments))
+
+    @_on_plain_tensors
+    def page_out(self) -> None:
+        """Page out what waits for a whole segment: the end of a prefill."""
+        self.settle()
+        self._page_out()
+
+    @_on_plain_tensors
+    def truncate(self, length: int) -> None:
+        """Keep the tokens at positions below `length`.
+
+        A segment that is cut goes back to the local window, to be paged out again.
+        """
+        self.settle()
+        if length >= self.steady.start:
+            self.steady.truncate(length)
+            return
+        start = self.paged.segment_start(length)
+        device = self.steady.keys.view.device
+        keys, values, valid = (x.to(device) for x in self.paged.recover(start, length))
+        self.steady.restart(start, length, keys, values, valid)
+        self.paged.truncate(start)
+
+    @_on_plain_tensors
+    def select(self, index: Tensor) -> None:
+        """Keep the sequences `index` [B'] (repeats allowed), in that order."""
+        self.settle()
+        if index.tolist() == list(range(self.shape[0])):
+            return
+        self.steady.select(index)
+        self.paged.select(index)
+
+    @_on_plain_tensors
+    def fork(self, runtime: OffloadRuntime) -> LayerContext:
+        """An independent context with the same tokens; pages are shared."""
+        self.settle()
+        copy = object.__new__(LayerContext)
+        copy.runtime, copy.counters = runtime, self.counters.copy()
+        copy.steady, copy.paged = self.steady.clone(), self.paged.clone()
+        copy._pending, copy._pending_ids = None, []
+        return copy

@@ -1,0 +1,36 @@
+"""What the layers of one cache share: settings, host memory, and the page builder."""
+
+from __future__ import annotations
+
+import torch
+
+from wavekv.config import OffloadConfig, parse_size
+from wavekv.kvstore import HostArena, KVLayout, MemoryBudget
+from wavekv.offload.builder import PageBuilder
+
+
+class OffloadRuntime:
+    """Shared by the layers of a cache; arenas, budget and builder also by its forks."""
+
+    def __init__(self, config: OffloadConfig) -> None:
+        self.config = config
+        self.is_prefilling = False
+        """While true, layers wait for whole segments instead of paging every append_segment."""
+        self.budget = MemoryBudget.of(parse_size("cpu_budget", config.cpu_budget))
+        self.builder = PageBuilder()
+        self.arenas: dict[tuple[KVLayout, bool], HostArena] = {}
+
+    def arena(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> HostArena:
+        """The arena for pages of a layer; pinned where `device` is a CUDA device."""
+        layout = KVLayout(self.config.page_size, head_dim, dtype)
+        key = layout, device.type == "cuda"
+        if key not in self.arenas:
+            self.arenas[key] = HostArena(layout, self.budget, pin=key[1])
+        return self.arenas[key]
+
+    def fork(self, config: OffloadConfig) -> OffloadRuntime:
+        """A runtime over the same memory with other decode settings."""
+        copy = object.__new__(OffloadRuntime)
+        copy.config, copy.is_prefilling = config, False
+        copy.budget, copy.builder, copy.arenas = self.budget, self.builder, self.arenas
+        return copy

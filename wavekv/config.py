@@ -1,4 +1,4 @@
-"""How a cache is laid out and how much of it a decode step reads: one frozen, validated dataclass."""
+"""How a cache is laid out and how much of it a step reads: one frozen, validated dataclass."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from wavekv.errors import ConfigError
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
-DECODE_FIELDS = ("mode", "budget", "top_p", "min_budget", "tail_estimate")
+DECODE_FIELDS = ("mode", "budget", "top_p", "min_budget", "refine", "tail_estimate")
 """Fields that only change how a step reads; a fork may set them."""
 
 
@@ -24,16 +24,18 @@ class OffloadConfig:
     budget: float | int = 0.02
     """Tokens to retrieve: a float in (0, 1] is a share of the context, an int is a count."""
     top_p: float | None = None
-    """Retrieve only as many tokens as hold this share of the estimated mass; `budget` is the cap."""
+    """Retrieve only the tokens that hold this share of the estimated mass; `budget` is the cap."""
     min_budget: int = 64
     """The floor under a share or `top_p`: short contexts retrieve at least this many tokens."""
+    refine: int = 8
+    """Pages ranked again by quantised keys, as a multiple of the budget; 1 ranks by means alone."""
     tail_estimate: Literal["none", "first", "second"] = "second"
     """What stands for pages not retrieved: nothing, their mean key, or mean and variance."""
     num_sink_tokens: int = 4
     """First tokens of each sequence that stay in the steady zone."""
     window: int = 64
     """Latest tokens that stay in the steady zone."""
-    page_size: int = 16
+    page_size: int = 8
     """Tokens in a page, the unit of clustering and transfer."""
     segment: int = 8192
     """Stretch of a prompt that is clustered at once: `page_size` times a power of two."""
@@ -48,9 +50,9 @@ class OffloadConfig:
         _check_choice("mode", self.mode, ("retrieval", "exact"))
         _check_choice("tail_estimate", self.tail_estimate, ("none", "first", "second"))
         _check_share_or_count("budget", self.budget)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1] or None, got {self.top_p!r}")
-        for name in ("page_size", "window", "prefill_chunk"):
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p must be a number in (0, 1] or None, got {self.top_p!r}")
+        for name in ("page_size", "window", "prefill_chunk", "refine"):
             _check_count(name, getattr(self, name), least=1)
         for name in ("min_budget", "num_sink_tokens"):
             _check_count(name, getattr(self, name), least=0)
@@ -73,7 +75,7 @@ class OffloadConfig:
         Raises:
             ConfigError: an unknown field, one outside `allowed`, or a bad value.
         """
-        known = allowed or tuple(field.name for field in fields(self))
+        known = tuple(field.name for field in fields(self)) if allowed is None else allowed
         unknown = sorted(set(changes) - set(known))
         if unknown:
             raise ConfigError(f"expected only the settings {', '.join(known)}, got {unknown}")
@@ -86,18 +88,25 @@ def parse_size(name: str, size: float | int | str) -> float | int:
     Raises:
         ConfigError: neither a positive number of bytes, "8GiB"-like text, nor a share.
     """
+    num: object = size
     if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", size, re.IGNORECASE)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)\s*", size, re.IGNORECASE)
         if match is None:
             raise ConfigError(f'{name} must look like "8GiB" or "500MB", got {size!r}')
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
-    is_number = isinstance(size, (int, float)) and not isinstance(size, bool)
-    if not is_number or size <= 0 or (isinstance(size, float) and not size <= 1):
+        num = int(float(match[1]) * _UNITS[match[2].upper()])
+    is_share = isinstance(num, float) and 0 < num <= 1
+    is_count = isinstance(num, int) and not isinstance(num, bool) and num >= 1
+    if not (is_share or is_count):
         raise ConfigError(
             f'{name} must be bytes > 0, text such as "8GiB", or a float share in (0, 1], '
             f"got {size!r}"
         )
-    return size
+    assert isinstance(num, (int, float))
+    return num
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -115,8 +124,8 @@ def _check_share_or_count(name: str, value: object) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if not is_share and not is_count:
         raise ConfigError(
-            f"{name} must be a float share in (0, 1] or an int count of tokens >= 1, got {value!r}; "
-            "for all tokens give 1.0"
+            f"{name} must be a float share in (0, 1] or an int count of tokens >= 1, "
+            f"got {value!r}; for all tokens give 1.0"
         )
 
 

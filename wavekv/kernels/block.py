@@ -1,4 +1,4 @@
-"""Attention of many queries over one block of dense keys, as a state: the step of a streamed prefill.
+"""Attention of many queries over one block of dense keys: the step of a streamed prefill.
 
 The fused operators of torch run where they fit (they return the log-sum-exp that merging needs);
 `attend_block_reference` defines what is correct and serves the rest (soft caps, odd head sizes).
@@ -27,8 +27,9 @@ def attend_block(
 ) -> State:
     """Attend with every query to a block of keys.
 
-    query: [B, Hq, T, D]. keys, values: [B, Hkv, S, D]; S may be 0. valid: [B, S] or [B, Hkv, S]
-    bool, or None. causal: query t sees keys 0..t; needs S = T.
+    query: [B, Hq, T, D]. keys, values: [B, Hkv, S, D]; T and S may be 0. valid: [B, S] or
+    [B, Hkv, S] bool, or None; what it masks must be finite, or may come through as NaN. causal:
+    query t sees keys 0..t; needs S = T.
     Returns out [B, Hq, T, D] and lse [B, Hq, T], float32; 0 and -inf for a query that sees no key.
 
     Raises:
@@ -39,12 +40,14 @@ def attend_block(
             f"a causal block needs as many keys as queries, got {keys.shape[2]} keys and "
             f"{query.shape[2]} queries"
         )
-    if keys.shape[2] == 0:
+    if keys.shape[2] == 0 or query.shape[2] == 0:
         return _empty(query)
-    fused = None if softcap is not None else _fused_operator(query, valid)
+    is_plain = softcap is None and query.dtype == keys.dtype == values.dtype
+    fused = _fused_operator(query, valid) if is_plain else None
     if fused is None:
-        options = {"scale": scale, "valid": valid, "causal": causal, "softcap": softcap}
-        return attend_block_reference(query, keys, values, **options)
+        return attend_block_reference(
+            query, keys, values, scale=scale, valid=valid, causal=causal, softcap=softcap
+        )
     out, lse = _grouped(fused, query, keys, values, scale, valid, causal)
     return _without_blind_queries(out, lse, valid, causal)
 
@@ -62,8 +65,8 @@ def attend_block_reference(
     """`attend_block` by its definition, in float32."""
     B, Hq, T, D = query.shape
     Hkv, S = keys.shape[1:3]
+    k, v = keys.float(), values.float()
     allowed = torch.ones(1, 1, 1, 1, S, dtype=torch.bool, device=query.device)
-    v = values.float()
     if valid is not None:
         # [B, 1 or Hkv, S]
         seen = valid[:, None] if valid.ndim == 2 else valid
@@ -74,7 +77,7 @@ def attend_block_reference(
     for start in range(0, T, rows):
         stop = min(start + rows, T)
         q = query[:, :, start:stop].float().reshape(B, Hkv, Hq // Hkv, stop - start, D)
-        logits = torch.einsum("bhgtd,bhsd->bhgts", q, keys.float()) * scale
+        logits = torch.einsum("bhgtd,bhsd->bhgts", q, k) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         visible = allowed

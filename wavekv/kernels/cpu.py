@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wavekv.kernels import cpu_dense, cpu_estimate, cpu_merge, cpu_pages, cpu_score, cpu_select
+from wavekv.kernels import (
+    cpu_dense,
+    cpu_estimate,
+    cpu_merge,
+    cpu_pages,
+    cpu_refine,
+    cpu_score,
+    cpu_select,
+)
 from wavekv.kernels.cpu_math import BFLOAT16, FLOAT16, FLOAT32
 
 _DTYPE_CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -60,6 +68,34 @@ def score(
         *(np.float32(scale), np.float32(softcap or 0.0), log_mass.data_ptr()),
     )
     return log_mass
+
+
+def refine(
+    query: Tensor,
+    log_mass: Tensor,
+    mean: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    counts: Tensor,
+    candidates: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    batch, kv_heads, pages, width = mean.shape
+    page_size, num_candidates = codes.shape[3], candidates.shape[2]
+    query, candidates = _float32(query), candidates.contiguous()
+    refined = log_mass.float().clone(memory_format=torch.contiguous_format)
+    _launch(
+        cpu_refine.refine,
+        batch * kv_heads * num_candidates * page_size,
+        *(batch, kv_heads, _splits(batch * kv_heads, num_candidates * page_size)),
+        *(query.shape[1] // kv_heads, width, page_size, pages, num_candidates, query.data_ptr()),
+        *(_view(mean), _view(codes), _view(code_scale), _view(counts)),
+        *(candidates.data_ptr(), np.float32(scale), np.float32(softcap or 0.0)),
+        refined.data_ptr(),
+    )
+    return refined
 
 
 def select(
@@ -192,7 +228,7 @@ def _float32(tensor: Tensor) -> Tensor:
 
 
 def _view(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, dtype code (-1: int32 counts) and byte strides of the three outer dimensions."""
+    """Address, dtype code (-1: no floats) and byte strides of the three outer dimensions."""
     size = tensor.element_size()
     stride = tensor.stride()
     code = _DTYPE_CODES.get(tensor.dtype, -1)

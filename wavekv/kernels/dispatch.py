@@ -79,6 +79,55 @@ def score(
     return log_mass
 
 
+def refine(
+    query: Tensor,
+    log_mass: Tensor,
+    mean: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    counts: Tensor,
+    candidates: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Replace the estimated mass of candidate pages by what their quantised keys give.
+
+    A mean hides a single key that fits the query among others that do not; codes of each key show
+    it. Key p of a page is mean + code_scale[p] * (code - 8), with codes in 0..15.
+
+    query: [B, Hq, D]. log_mass: [B, Hq, N] as from `score`. mean: [B, Hkv, N, D]. codes:
+    [B, Hkv, N, P, D / 2] uint8, contiguous from P on: byte d holds dimension d in its low and
+    d + D / 2 in its high four bits. code_scale: [B, Hkv, N, P]. counts: [B, Hkv, N] int32, tokens
+    in each page. candidates: [B, Hkv, C] int64 pages in any order, none twice, -1 for nothing.
+    Returns log_mass [B, Hq, N] float32, new; only candidates differ.
+    """
+    checks.expect_stored("mean", mean)
+    shape = tuple(mean.shape)
+    if codes.dim() != 5 or shape[3] % 2:
+        raise ValueError(
+            f"codes must be [B, Hkv, N, P, D / 2] of an even D, got {tuple(codes.shape)} for "
+            f"D = {shape[3]}"
+        )
+    checks.expect_heads("query", query, shape[0], shape[1], shape[3])
+    checks.expect_heads("log_mass", log_mass, shape[0], shape[1], shape[2])
+    page_size = codes.shape[3]
+    checks.expect(
+        "codes", codes, (*shape[:3], page_size, shape[3] // 2), torch.uint8, like=mean
+    )
+    checks.expect("code_scale", code_scale, (*shape[:3], page_size), *STORED_DTYPES, like=mean)
+    checks.expect_rows("code_scale", code_scale)
+    checks.expect("counts", counts, shape[:3], torch.int32, like=mean)
+    expected = (*shape[:2], candidates.shape[-1])
+    checks.expect("candidates", candidates, expected, torch.int64, like=mean)
+    checks.expect_softcap(softcap)
+    run = _backend(query, log_mass, mean).refine
+    refined: Tensor = run(
+        query, log_mass, mean, codes, code_scale, counts, candidates, scale=scale, softcap=softcap
+    )
+    return refined
+
+
 def select(
     log_mass: Tensor,
     num_kv_heads: int,

@@ -39,6 +39,42 @@ def score(
     return log_mass.masked_fill((counts <= 0).unsqueeze(2), -torch.inf).flatten(1, 2)
 
 
+def refine(
+    query: Tensor,
+    log_mass: Tensor,
+    mean: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    counts: Tensor,
+    candidates: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    B, Hkv, _, P, _ = codes.shape
+    index = candidates.clamp(min=0)
+
+    def of_candidates(x: Tensor) -> Tensor:
+        shape = index.shape + (1,) * (x.dim() - 3)
+        return x.gather(2, index.view(shape).expand(*index.shape, *x.shape[3:]))
+
+    packed = of_candidates(codes).int()
+    # [B, Hkv, C, P, D]
+    residual = torch.cat([packed & 15, packed >> 4], dim=-1).float() - 8
+    residual = residual * of_candidates(code_scale).float().unsqueeze(-1)
+    keys = residual + of_candidates(mean).float().unsqueeze(3)
+    logits = torch.einsum("bhgd,bhcpd->bhgcp", _by_group(query, Hkv) * scale, keys)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    held = torch.arange(P, device=query.device) < of_candidates(counts).unsqueeze(-1)
+    refined = logits.masked_fill(~held.unsqueeze(2), -torch.inf).logsumexp(-1)
+    # -1 pads: a spare page takes what belongs to none
+    pages = log_mass.shape[-1]
+    target = torch.cat([_by_group(log_mass, Hkv), refined.new_empty(*refined.shape[:3], 1)], -1)
+    slots = candidates.masked_fill(candidates < 0, pages).unsqueeze(2).expand_as(refined)
+    return target.scatter(3, slots, refined)[..., :pages].flatten(1, 2)
+
+
 def select(
     log_mass: Tensor,
     num_kv_heads: int,

@@ -6,9 +6,12 @@ The arena knows page ids and bytes, and nothing of heads, layers or tokens.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wavekv.errors import LayoutError
@@ -25,15 +28,18 @@ class HostArena:
     def __init__(
         self, layout: KVLayout, budget: MemoryBudget, *, pin: bool, chunk_bytes: int = CHUNK_BYTES
     ) -> None:
+        self.chunks: list[Tensor] = []
         self.layout, self.budget, self.pin = layout, budget, pin
         fitting = min(chunk_bytes, budget.limit) // layout.page_bytes
         self.pages_per_chunk = max(1, fitting)
-        self.chunks: list[Tensor] = []
-        self._references = torch.empty(0, dtype=torch.int32)
-        self._free = torch.empty(0, dtype=torch.int64)
+        # numpy: tensors made inside inference mode could not be changed outside it
+        self._references = np.empty(0, dtype=np.int32)
+        self._free = np.empty(0, dtype=np.int64)
+        self._dropped: deque[NDArray[np.int64]] = deque()
 
     def __del__(self) -> None:
-        self.budget.give(len(self.chunks) * self._chunk_bytes)
+        if self.chunks:
+            self.budget.give(len(self.chunks) * self._chunk_bytes)
 
     @property
     def capacity(self) -> int:
@@ -43,6 +49,7 @@ class HostArena:
     @property
     def num_pages(self) -> int:
         """Pages in use."""
+        self._collect()
         return self.capacity - len(self._free)
 
     @property
@@ -56,6 +63,7 @@ class HostArena:
         Raises:
             CapacityError: they do not fit the budget; nothing is allocated then.
         """
+        self._collect()
         lacking = num_pages - len(self._free)
         if lacking <= 0:
             return
@@ -68,10 +76,8 @@ class HostArena:
             raise
         start = self.capacity
         self.chunks += new
-        self._references = torch.cat(
-            [self._references, self._references.new_zeros(self.capacity - start)]
-        )
-        self._free = torch.cat([self._free, torch.arange(start, self.capacity)])
+        self._references = np.pad(self._references, (0, self.capacity - start))
+        self._free = np.concatenate([self._free, np.arange(start, self.capacity)])
 
     def allocate(self, num_pages: int) -> Tensor:
         """Return the ids [num_pages] of free pages, each with one reference.
@@ -80,22 +86,23 @@ class HostArena:
             CapacityError: as `reserve`.
         """
         self.reserve(num_pages)
-        ids = self._free[:num_pages].clone()
-        self._free = self._free[num_pages:]
+        ids, self._free = self._free[:num_pages].copy(), self._free[num_pages:]
         self._references[ids] = 1
-        return ids
+        return torch.from_numpy(ids)
 
     def retain(self, ids: Tensor) -> None:
         """Add a reference to each page of `ids` (any shape; an id may recur)."""
-        ids = ids.flatten()
-        self._references.index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+        np.add.at(self._references, ids.flatten().numpy(), 1)
 
     def release(self, ids: Tensor) -> None:
         """Take a reference from each page of `ids`; pages without one are free again."""
-        ids = ids.flatten()
-        self._references.index_add_(0, ids, torch.full_like(ids, -1, dtype=torch.int32))
-        touched = torch.unique(ids)
-        self._free = torch.cat([touched[self._references[touched] == 0], self._free])
+        self._release(ids.flatten().numpy())
+
+    def drop(self, ids: Tensor) -> None:
+        """`release` for finalisers, which may run on any thread and inside any other method: it
+        takes effect when the arena is next used."""
+        # a copy: the tensor may be in the middle of its own collection
+        self._dropped.append(ids.flatten().numpy().copy())
 
     def write(self, ids: Tensor, pages: Tensor) -> None:
         """Store pages [n, 2, P, D] under ids [n]. From a CUDA device the copy may still be running
@@ -113,7 +120,8 @@ class HostArena:
         for chunk, rows, slots in self._by_chunk(ids):
             start, count = int(slots[0]), len(slots)
             if torch.equal(slots, torch.arange(start, start + count)):
-                chunk[start : start + count].copy_(pages[rows], non_blocking=True)
+                part = pages if count == len(ids) else pages[rows]
+                chunk[start : start + count].copy_(part, non_blocking=True)
             else:
                 chunk.index_copy_(0, slots, pages[rows].to("cpu"))
 
@@ -130,7 +138,8 @@ class HostArena:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each page is either free or referenced."""
-        free = torch.zeros(self.capacity, dtype=torch.bool)
+        self._collect()
+        free = np.zeros(self.capacity, dtype=bool)
         free[self._free] = True
         twice = len(self._free) - int(free.sum())
         wrong = int((free != (self._references == 0)).sum())
@@ -144,9 +153,19 @@ class HostArena:
     def _chunk_bytes(self) -> int:
         return self.pages_per_chunk * self.layout.page_bytes
 
+    def _release(self, pages: NDArray[np.int64]) -> None:
+        np.subtract.at(self._references, pages, 1)
+        touched = np.unique(pages)
+        self._free = np.concatenate([touched[self._references[touched] == 0], self._free])
+
+    def _collect(self) -> None:
+        while self._dropped:
+            self._release(self._dropped.popleft())
+
     def _new_chunk(self) -> Tensor:
         shape = (self.pages_per_chunk, *self.layout.page_shape)
-        return torch.empty(shape, dtype=self.layout.dtype, pin_memory=self.pin)
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=self.layout.dtype, pin_memory=self.pin)
 
     def _by_chunk(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each chunk that holds some of ids [n]: (chunk, positions in ids, slots in it)."""

@@ -10,14 +10,26 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int:
-    """Bytes this process may still use: the machine's, or less where a cgroup (v2) says so."""
+    """Bytes this process may still use: the machine's, or less where a cgroup (v2) says so.
+
+    Cached files that the kernel gives up first, such as weights read long ago, count as available.
+    """
     available: int = psutil.virtual_memory().available
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
+        # "max", for no limit, is a ValueError too
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text()) - _reclaimable()
     except (OSError, ValueError):
         return available
-    return available if limit == "max" else max(0, min(available, int(limit) - used))
+    return max(0, min(available, limit - used))
+
+
+def _reclaimable() -> int:
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 class MemoryBudget:

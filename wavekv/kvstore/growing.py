@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_SHRINK_AT = 8
+"""Capacity over length at which dropping rows also frees memory."""
+
 
 class GrowingTensor:
     """Rows appended along `dim` into a buffer whose capacity doubles: amortised O(1) an element."""
@@ -51,11 +54,15 @@ class GrowingTensor:
     def drop(self, start: int, count: int) -> None:
         """Forget `count` rows from `start` on; later rows move up."""
         kept = self.view.narrow(self.dim, start + count, self._length - start - count).clone()
-        self._buffer.narrow(self.dim, start, kept.shape[self.dim]).copy_(kept)
-        self._length -= count
+        length = self._length - count
+        if self._buffer.shape[self.dim] > _SHRINK_AT * length:
+            self._buffer = torch.cat([self.view.narrow(self.dim, 0, start), kept], self.dim)
+        else:
+            self._buffer.narrow(self.dim, start, length - start).copy_(kept)
+        self._length = length
 
     def select(self, index: Tensor) -> None:
-        """Keep the sequences `index` [B'] of the first dimension, in that order."""
+        """Keep the sequences `index` [B'] of the first dimension (not `dim`), in that order."""
         self._buffer = self.view.index_select(0, index.to(self._buffer.device))
 
     def clone(self) -> GrowingTensor:

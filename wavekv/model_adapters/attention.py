@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 
 NAME = "wavekv"
 _TAG = "_wavekv_layer"
+_NOT_EXPRESSED = {
+    "position_bias": "a bias on the logits",
+    "indices": "a selection of keys by the model itself",
+    "block_indices": "a selection of keys by the model itself",
+    "sinks": "sinks that depend on the query",
+    "output_attentions": "a request for attention weights, which are never all computed",
+}
 
 
 def tag(keys: Tensor, layer: OffloadedLayer) -> None:
@@ -39,22 +46,27 @@ def offloaded_attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     sliding_window: int | None = None,
-    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention in the contract of transformers: [B, H, T, D] in, ([B, T, H, D], None) out.
 
     Raises:
-        UnsupportedModelError: the model asks for what the zones cannot express.
+        UnsupportedModelError: the model asks for what states over zones cannot express.
     """
-    if position_bias is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} adds a position bias to its logits, which an offloaded "
-            "cache cannot; leave this model unwrapped"
-        )
+    for name, meaning in _NOT_EXPRESSED.items():
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise UnsupportedModelError(
+                f"expected plain attention from {type(module).__name__}, got {name} ({meaning}), "
+                "which wavekv cannot express; leave this out, or the model unwrapped"
+            )
     logits = Logits(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     layer: OffloadedLayer | None = getattr(key, _TAG, None)
     if layer is not None:
+        if sliding_window is not None:
+            raise UnsupportedModelError(
+                f"expected full attention where the cache has no window, got sliding_window="
+                f"{sliding_window} from {type(module).__name__}; this model type is not supported"
+            )
         out = layer.attend(module, query, key, value, attention_mask, logits, s_aux)
     else:
         causal = kwargs.get("is_causal")

@@ -1,4 +1,4 @@
-"""The cache of a wrapped model: full-attention layers are offloaded, all others stay as they are."""
+"""The cache of a wrapped model: full-attention layers are offloaded, others stay as they are."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 from wavekv.config import DECODE_FIELDS, OffloadConfig
 from wavekv.errors import CacheError, UnsupportedModelError
+from wavekv.model_adapters.attention import NAME
 from wavekv.model_adapters.layer import OffloadedLayer
+from wavekv.model_adapters.padding import PaddingRecord
+from wavekv.model_adapters.snapshot import restore, snapshot
 from wavekv.model_adapters.statistics import cache_statistics
 from wavekv.offload import OffloadRuntime
 
@@ -31,7 +36,9 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         self.model_config = model_config.get_text_config(decoder=True)
         for number, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[number] = OffloadedLayer(self.runtime, self.model_config)
+                # one record for all layers: they see the same tokens
+                padding = None if self.offloaded_layers else PaddingRecord()
+                self.layers[number] = OffloadedLayer(self.runtime, self.model_config, padding)
         if not self.offloaded_layers:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise UnsupportedModelError(
@@ -66,12 +73,36 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
             if layer.context is not None:
                 layer.context.settle()
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in transformers, but an offloaded layer gives back the new states only.
+
+        Raises:
+            CacheError: attention would not see the other tokens.
+        """
+        if self.model_config._attn_implementation != NAME:
+            raise CacheError(
+                f"expected the model of this cache to attend with {NAME!r}, it attends with "
+                f"{self.model_config._attn_implementation!r}; wrap it in OffloadedKV (again)"
+            )
+        self._check_delivered()
+        states: tuple[Tensor, Tensor] = super().update(
+            key_states, value_states, layer_idx, *args, **kwargs
+        )
+        return states
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As in transformers. Called before any layer runs: host memory is reserved here, so that a
         full budget is an error before anything changed."""
+        self._check_delivered()
         self.reserve(query_length)
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+    def _check_delivered(self) -> None:
+        for layer in self.offloaded_layers:
+            layer.check_delivered()
 
     def reserve(self, num_tokens: int) -> None:
         """Make room in host memory for what `num_tokens` more tokens will page out.
@@ -108,29 +139,92 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         ]
         return fork
 
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 while empty."""
+        context = self.offloaded_layers[0].context
+        return -1 if context is None else context.shape[0]
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether some of the tokens held are padding."""
+        padding = self.offloaded_layers[0].padding
+        return padding is not None and not padding.is_empty
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens (a negative number, as in transformers)."""
+        """Remove the last `-tokens_to_remove` tokens (a negative number, as in transformers).
+
+        Raises:
+            CacheError: a positive number, or a layer that is not offloaded cannot go back (sliding
+                windows that have moved on, recurrent states); nothing has changed then.
+        """
         if tokens_to_remove > 0:
             raise CacheError(
                 f"crop expects minus the number of tokens to remove, got {tokens_to_remove}"
             )
-        super().crop(tokens_to_remove)
+        if self.get_seq_length() == 0:
+            return
+        others = self._other_layers()
+        states = [snapshot(layer) for layer in others]
+        try:
+            for layer in others:
+                if tokens_to_remove and not layer.is_croppable:
+                    raise RuntimeError("recurrent states hold all tokens in one")
+                if tokens_to_remove or getattr(layer, "record_past", False):
+                    layer.crop(tokens_to_remove)
+        except Exception as error:
+            for layer, state in zip(others, states, strict=True):
+                restore(layer, state)
+            raise CacheError(
+                f"expected layers that can forget tokens, got {type(layer).__name__}, which no "
+                "longer has what it needs to go back; fork() before the tokens come instead"
+            ) from error
+        for layer in self.offloaded_layers:
+            layer.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget all tokens; the cache is as new."""
+        fresh = DynamicCache(config=self.model_config)
+        for number, layer in enumerate(self.layers):
+            if isinstance(layer, OffloadedLayer):
+                layer.reset()
+            else:
+                # the layers' own reset leaves zeros behind in some versions
+                self.layers[number] = fresh.layers[number]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times."""
+        if self.batch_size > 0:
+            self.reorder_cache(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`, in that order."""
+        if self.batch_size > 0:
+            self.reorder_cache(torch.arange(self.batch_size)[indices.cpu()])
+
+    def stop_recording(self) -> None:
+        """Let windows and convolutions drop what only a `crop` needs (assisted decoding)."""
+        for layer in self._other_layers():
+            if hasattr(layer, "record_past"):
+                layer.record_past = False
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """If the body raises, the cache holds afterwards what it held before."""
-        length = self.get_seq_length()
-        others = {
-            number: copy.deepcopy(layer)
-            for number, layer in enumerate(self.layers)
-            if not isinstance(layer, OffloadedLayer)
-        }
+        """If the body raises, the cache holds afterwards what it held before.
+
+        The body may add tokens and repeat or reorder sequences, but not mix those that differ.
+        """
+        length, batch = self.get_seq_length(), self.batch_size
+        others = self._other_layers()
+        states = [snapshot(layer) for layer in others]
         try:
             yield
         except BaseException:
-            for number, layer in enumerate(self.layers):
-                if isinstance(layer, OffloadedLayer):
-                    layer.roll_back(length)
-                else:
-                    self.layers[number] = others[number]
+            for layer, state in zip(others, states, strict=True):
+                restore(layer, state)
+            for layer in self.offloaded_layers:
+                layer.roll_back(length, batch)
             raise
+
+    def _other_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, OffloadedLayer)]

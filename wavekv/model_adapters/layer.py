@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,16 +12,24 @@ from transformers.cache_utils import DynamicLayer
 
 from wavekv.errors import CacheError, UnsupportedModelError
 from wavekv.model_adapters.attention import tag
+from wavekv.model_adapters.padding import PaddingRecord
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
 
 
 class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
-    """Gives back only the new keys and values, tagged; attention then comes here with its queries."""
+    """Gives back only the new keys and values, tagged; attention comes here with its queries."""
 
     is_compileable = False
 
-    def __init__(self, runtime: OffloadRuntime, model_config: PreTrainedConfig) -> None:
+    def __init__(
+        self,
+        runtime: OffloadRuntime,
+        model_config: PreTrainedConfig,
+        padding: PaddingRecord | None = None,
+    ) -> None:
+        """`padding`: the record that this layer keeps for its cache, if it is the one to."""
         super().__init__()
+        self.padding = padding
         self.runtime = runtime
         self.model_config = model_config
         self.context: LayerContext | None = None
@@ -36,13 +45,7 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Return the new states as they are; `attend` takes them in."""
-        if self._is_waiting:
-            self._is_waiting = False
-            raise CacheError(
-                f"the keys given to this cache never reached wavekv's attention: expected a model "
-                f"of type {self.model_config.model_type!r} wrapped in OffloadedKV that passes "
-                "cached keys on unchanged; wrap the model, or leave this model type unwrapped"
-            )
+        self.check_delivered()
         if self.context is None:
             self.lazy_initialization(key_states, value_states)
         # a new tensor object: layers that share keys must not share the tag
@@ -50,6 +53,16 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         tag(keys, self)
         self._is_waiting = True
         return keys, value_states
+
+    def check_delivered(self) -> None:
+        """Raise CacheError if keys were given but attention never came with them."""
+        if self._is_waiting:
+            self._is_waiting = False
+            raise CacheError(
+                f"the keys given to this cache never reached wavekv's attention: expected a model "
+                f"of type {self.model_config.model_type!r} wrapped in OffloadedKV that passes "
+                "cached keys on unchanged; wrap the model, or leave this model type unwrapped"
+            )
 
     def attend(
         self,
@@ -62,9 +75,16 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         sink_logits: Tensor | None,
     ) -> Tensor:
         """Take in the new tokens and attend with their queries: [B, Hq, T, D] float32."""
-        self._is_waiting = False
+        is_waiting, self._is_waiting = self._is_waiting, False
+        if not is_waiting:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} attends twice to keys that were cached once; models "
+                "whose layers share keys are not supported"
+            )
         self._check(module, query, keys, mask)
         assert self.context is not None
+        if self.padding is not None:
+            self.padding.take_in(mask, self.get_seq_length())
         valid = None if mask is None else mask[:, -keys.shape[2] :]
         return self.context.attend(query, keys, values, valid, logits, sink_logits)
 
@@ -83,34 +103,48 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
                 f"crop expects minus the number of tokens to remove, got {tokens_to_remove}"
             )
         if tokens_to_remove and self.context is not None:
-            self.context.truncate(max(0, self.context.num_tokens + tokens_to_remove))
+            self._truncate(max(0, self.context.num_tokens + tokens_to_remove))
 
     def reset(self) -> None:
         """Forget all tokens."""
-        if self.context is not None:
-            self.context.settle()
+        self._settle_anyway()
         self.context, self.is_initialized, self._is_waiting = None, False, False
+        if self.padding is not None:
+            self.padding = PaddingRecord()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace the sequences by `beam_idx` [B] of them."""
-        self.batch_select_indices(beam_idx)
+        """Replace the sequences by `beam_idx` [B'] of them."""
+        if self.context is not None:
+            self.context.select(beam_idx)
+        if self.padding is not None:
+            self.padding.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`, in that order."""
-        if self.context is not None:
-            self.context.select(indices)
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence `repeats` times."""
         if self.context is not None:
-            batch = self.context.shape[0]
-            self.context.select(torch.arange(batch).repeat_interleave(repeats))
+            self.reorder_cache(torch.arange(self.context.shape[0]).repeat_interleave(repeats))
 
-    def roll_back(self, length: int) -> None:
-        """Return to `length` tokens after a forward that failed midway."""
+    def roll_back(self, length: int, batch: int) -> None:
+        """Return to `length` tokens of `batch` sequences after a forward that failed midway.
+
+        If there are more sequences now, each was repeated equally often.
+        """
         self._is_waiting = False
-        if self.context is not None and self.context.num_tokens > length:
-            self.context.truncate(length)
+        if self.context is None:
+            return
+        self._settle_anyway()
+        if length == 0:
+            self.reset()
+            return
+        held = self.context.shape[0]
+        if held != batch:
+            self.reorder_cache(torch.arange(0, held, held // batch))
+        if self.context.num_tokens > length:
+            self._truncate(length)
 
     def offload(self) -> None:
         """Nothing to do: pages are on the host."""
@@ -120,11 +154,24 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
 
     def fork(self, runtime: OffloadRuntime) -> OffloadedLayer:
         """An independent layer with the same tokens; pages are shared."""
-        copy = OffloadedLayer(runtime, self.model_config)
+        padding = None if self.padding is None else self.padding.copy()
+        copy = OffloadedLayer(runtime, self.model_config, padding)
         if self.context is not None:
             copy.dtype, copy.device, copy.is_initialized = self.dtype, self.device, True
             copy.context = self.context.fork(runtime)
         return copy
+
+    def _settle_anyway(self) -> None:
+        """Wait for pages; where they cannot be built, their tokens stay in the local window."""
+        if self.context is not None:
+            with suppress(Exception):
+                self.context.settle()
+
+    def _truncate(self, length: int) -> None:
+        assert self.context is not None
+        self.context.truncate(length)
+        if self.padding is not None:
+            self.padding.truncate(length)
 
     def _check(self, module: nn.Module, query: Tensor, keys: Tensor, mask: Tensor | None) -> None:
         if getattr(module, "config", self.model_config) is not self.model_config:
@@ -135,15 +182,18 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         if query.requires_grad or keys.requires_grad:
             raise CacheError(
                 "an offloaded cache does not carry gradients; run the model under torch.no_grad() "
-                "or torch.inference_mode()"
+                "or torch.inference_mode(), or without a cache (use_cache=False)"
             )
         if mask is not None and mask.ndim != 2:
             raise UnsupportedModelError(
-                f"a full-attention layer came with a mask of shape {tuple(mask.shape)}; expected "
-                "plain causal attention with padding [B, T] only (no image spans, no packed "
-                "sequences, no custom 4-D masks)"
+                f"expected plain causal attention with padding [B, T] only, got a mask of shape "
+                f"{tuple(mask.shape)}; image spans, packed sequences and custom 4-D masks need the "
+                "model unwrapped"
             )
         assert self.context is not None
         batch = self.context.shape[0]
         if keys.shape[0] != batch:
-            raise CacheError(f"the cache holds {batch} sequences, got {keys.shape[0]}")
+            raise CacheError(
+                f"expected {batch} sequences, as this cache holds, got {keys.shape[0]}; use a new "
+                "cache, or select or repeat its sequences (batch_select_indices)"
+            )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from wavekv.offload import LayerContext
 
 
@@ -34,5 +36,5 @@ def cache_statistics(contexts: Iterable[LayerContext | None]) -> dict[str, float
     }
 
 
-def _mean(sums: Iterable[object], steps: int) -> float:
-    return sum(float(total) for total in sums) / steps if steps else 0.0  # type: ignore[arg-type]
+def _mean(sums: Iterable[Tensor | float], steps: int) -> float:
+    return sum(float(total) for total in sums) / steps if steps else 0.0

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -13,10 +14,13 @@ from wavekv.config import OffloadConfig
 from wavekv.errors import CacheError, ConfigError, UnsupportedModelError
 from wavekv.model_adapters import attention
 from wavekv.model_adapters.cache import OffloadedCache
-from wavekv.model_adapters.prefill import prefill
+from wavekv.model_adapters.generation import generate, generation_settings
+from wavekv.model_adapters.prefill import check_shapes, positions, prefill
 from wavekv.model_adapters.support import check_supported, switch_attention
 
-_OTHER_INPUTS = ("inputs_embeds", "pixel_values", "input_features", "token_type_ids")
+_ATTENTION_BEFORE: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+"""What each wrapped model attended with. Wrapping it again keeps the first."""
+_OWN = ("model", "offload_config")
 
 
 class OffloadedKV:
@@ -35,18 +39,29 @@ class OffloadedKV:
             UnsupportedModelError: the model cannot be wrapped, with the reason.
             ConfigError: a bad setting.
         """
-        self.offload_config = (config or OffloadConfig()).override(**overrides)
         if isinstance(model, OffloadedKV):
-            raise ConfigError("expected a Hugging Face model, got one that is wrapped already")
+            raise ConfigError(
+                "expected a Hugging Face model, got one that is wrapped already; for other "
+                "settings wrap its .model"
+            )
+        self.offload_config = (config or OffloadConfig()).override(**overrides)
         check_supported(model)
         attention.register()
         self.model = model
-        self._attention_before = switch_attention(model, attention.NAME)
+        before = switch_attention(model, attention.NAME)
+        if before != attention.NAME:
+            _ATTENTION_BEFORE[model] = before
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model":
+        if name in _OWN:
             raise AttributeError(name)
         return getattr(self.model, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OWN:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.model, name, value)
 
     def __enter__(self) -> OffloadedKV:
         return self
@@ -61,23 +76,37 @@ class OffloadedKV:
 
     def unwrap(self) -> PreTrainedModel:
         """Give the model its own attention back and return it."""
-        if self.model.config.get_text_config(decoder=True)._attn_implementation == attention.NAME:
-            switch_attention(self.model, self._attention_before)
+        before = _ATTENTION_BEFORE.pop(self.model, None)
+        if before is not None and self._is_wrapped():
+            switch_attention(self.model, before)
         return self.model
 
     def new_cache(self) -> OffloadedCache:
         """An empty cache for one conversation (or one batch of them)."""
         return OffloadedCache(self.model.config, self.offload_config)
 
-    def __call__(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """The model's forward. One new token is a decode step; several are attended to exactly."""
-        if past_key_values is None and kwargs.get("use_cache", True):
-            past_key_values = self.new_cache()
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
-            with past_key_values.restored_on_error():
-                return self.model(*args, past_key_values=past_key_values, **kwargs)
-        return self.model(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward. One new token is a decode step; several are attended to exactly.
+
+        Without position_ids, positions count the valid tokens of attention_mask, as `generate()`
+        counts them. If it fails, the cache holds what it held before.
+        """
+        self._check_wrapped()
+        accepted = inspect.signature(self.model.forward).parameters
+        kwargs |= dict(zip(accepted, args, strict=False))
+        cache, use_cache = kwargs.pop("past_key_values", None), kwargs.get("use_cache")
+        if cache is None and (self._uses_cache() if use_cache is None else use_cache):
+            cache = self.new_cache()
+        if cache is None:
+            return self.model(**kwargs)
+        self._check_cache(cache)
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is not None and (mask is None or mask.ndim == 2):
+            check_shapes(cache, ids, mask, cache.get_seq_length())
+            if mask is not None and "position_ids" in accepted:
+                kwargs.setdefault("position_ids", positions(mask, ids.shape[1]).to(ids.device))
+        with cache.restored_on_error():
+            return self.model(past_key_values=cache, **kwargs)
 
     def prefill(
         self,
@@ -96,6 +125,7 @@ class OffloadedKV:
             CapacityError: the pages do not fit cpu_budget; nothing has changed then.
             CacheError: the cache is of another model, or shapes do not fit it.
         """
+        self._check_wrapped()
         self._check_cache(cache)
         options = {"progress": progress, "want_logits": True}
         logits = prefill(self.model, input_ids, cache, attention_mask, **options)
@@ -103,27 +133,39 @@ class OffloadedKV:
         return logits
 
     def generate(
-        self, inputs: Tensor | None = None, *, progress: bool = False, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        progress: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """`model.generate` from an offloaded cache; takes everything it takes.
 
-        The prompt up to its last token is prefilled in chunks first. Pass `past_key_values` (from
-        `new_cache()`) with all token ids so far to go on with a conversation.
+        The prompt up to its last token is prefilled in chunks first; assisted decoding, and
+        inputs other than token ids, take it in one forward. Pass `past_key_values` (from
+        `new_cache()`) with all token ids so far to go on with a conversation. If it fails, that
+        cache holds what was prefilled, and the same call may be repeated.
+
+        Raises:
+            CacheError: the cache does not fit the prompt.
+            ConfigError: a cache_implementation is asked for.
         """
-        if kwargs.get("cache_implementation") is not None:
-            raise ConfigError(
-                "expected no cache_implementation: the cache is wavekv's own; "
-                "pass past_key_values=model.new_cache() to keep it"
-            )
+        self._check_wrapped()
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        settings = generation_settings(self.model, kwargs)
         cache = kwargs.pop("past_key_values", None)
-        cache = self.new_cache() if cache is None else cache
+        if settings.use_cache is False:
+            if cache is not None:
+                raise ConfigError("expected either past_key_values or use_cache=False, got both")
+            return self.model.generate(inputs, **kwargs)
+        is_kept = cache is not None
+        cache = cache if is_kept else self.new_cache()
         self._check_cache(cache)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if input_ids is not None and not any(
-            kwargs.get(name) is not None for name in _OTHER_INPUTS
-        ):
-            self._prefill_prompt(input_ids, cache, kwargs, progress)
-        return self.model.generate(input_ids, past_key_values=cache, **kwargs)
+        options = {"is_kept": is_kept, "progress": progress}
+        return generate(self.model, input_ids, cache, settings, kwargs, **options)
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: continuous batching brings its own cache.
@@ -136,45 +178,6 @@ class OffloadedKV:
             "offloaded; use generate() with a batch, or unwrap() the model first"
         )
 
-    def _prefill_prompt(
-        self, input_ids: Tensor, cache: OffloadedCache, kwargs: dict[str, Any], progress: bool
-    ) -> None:
-        """Prefill all but the last token, then expand the cache as `generate` will the prompt."""
-        seen = cache.get_seq_length()
-        if seen >= input_ids.shape[1]:
-            raise CacheError(
-                f"the cache holds {seen} tokens, got a prompt of {input_ids.shape[1]}; pass all "
-                "token ids so far and at least one new one, or a new cache"
-            )
-        mask = self._prompt_mask(input_ids, kwargs)
-        new = input_ids[:, seen:-1]
-        if new.shape[1]:
-            options = {"progress": progress, "want_logits": False}
-            prefill(self.model, new, cache, None if mask is None else mask[:, :-1], **options)
-        generation: GenerationConfig = (
-            kwargs.get("generation_config") or self.model.generation_config
-        )
-        copies = [
-            kwargs.get(name) or getattr(generation, name, None) or 1
-            for name in ("num_beams", "num_return_sequences")
-        ]
-        if max(copies) > 1:
-            cache.batch_repeat_interleave(max(copies))
-
-    def _prompt_mask(self, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """The attention mask that `generate` would infer, where none is given."""
-        mask: Tensor | None = kwargs.get("attention_mask")
-        if mask is not None:
-            return None if bool(mask.all()) else mask
-        pad, end = (
-            kwargs.get(name, getattr(self.model.generation_config, name, None))
-            for name in ("pad_token_id", "eos_token_id")
-        )
-        ends = torch.as_tensor([] if end is None else end).flatten().tolist()
-        if pad is None or pad in ends or not bool((input_ids == pad).any()):
-            return None
-        return (input_ids != pad).long()
-
     def _check_cache(self, cache: Any) -> None:
         if not isinstance(cache, OffloadedCache):
             raise CacheError(
@@ -184,3 +187,17 @@ class OffloadedKV:
             raise CacheError(
                 "this cache belongs to another model; expected one made by new_cache() of this one"
             )
+
+    def _check_wrapped(self) -> None:
+        if not self._is_wrapped():
+            raise ConfigError(
+                "expected a wrapped model, got one whose attention was switched back (unwrap(), a "
+                "with block that has ended, or set_attn_implementation); wrap it again"
+            )
+
+    def _is_wrapped(self) -> bool:
+        text = self.model.config.get_text_config(decoder=True)
+        return bool(text._attn_implementation == attention.NAME)
+
+    def _uses_cache(self) -> bool:
+        return bool(getattr(self.model.config.get_text_config(decoder=True), "use_cache", True))

@@ -1,4 +1,4 @@
-"""Moving bytes and attending to them: zones, budgets, page building, prefill chunks, decode steps."""
+"""Moving bytes and attending to them: zones, budgets, page building, prefill, decode steps."""
 
 from wavekv.offload.attention import Logits
 from wavekv.offload.context import LayerContext

@@ -1,20 +1,29 @@
 """Attention over the zones of one layer: a decode step, and a chunk of many queries.
 
-Each zone gives an attention state; states merge exactly (DESIGN of the three zones: docs/architecture.md).
+Each zone gives an attention state; states merge exactly (docs/architecture.md).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
-from wavekv.kernels import attend_dense, attend_pages, estimate, merge_state, score, select
+from wavekv.kernels import (
+    attend_dense,
+    attend_pages,
+    estimate,
+    merge_state,
+    refine,
+    score,
+    select,
+)
 from wavekv.kernels.block import attend_block
 from wavekv.offload.budget import page_limits
-from wavekv.offload.counters import Counters
+from wavekv.offload.counters import Counters, StepChoice
 from wavekv.offload.paged import PagedZone
 from wavekv.offload.steady import SteadyZone
 from wavekv.offload.transfer import fetch_pages, stream_pages
@@ -42,17 +51,15 @@ def attend_step(
 
     Reads: the steady zone, all page statistics, and the selected pages; in "exact" mode all pages.
     """
-    options = {"scale": logits.scale, "softcap": logits.softcap}
-    state = attend_dense(query, steady.keys.view, steady.values.view, steady.mask, **options)
+    scale, softcap = logits.scale, logits.softcap
+    keys, values = steady.keys.view, steady.values.view
+    state = attend_dense(query, keys, values, steady.mask, scale=scale, softcap=softcap)
     if paged.num_pages == 0:
         return state
     if config.mode == "exact":
         return merge_state(*state, *_attend_all_pages(query, paged, logits, counters))
-    variance = paged.variance.view if config.tail_estimate == "second" else None
-    counts = paged.device_counts.view
-    log_mass = score(query, paged.mean.view, variance, counts, **options)
-    least, most = page_limits(config, steady.end)
-    chosen = select(log_mass, counts.shape[1], max_pages=most, min_pages=least, top_p=config.top_p)
+    log_mass, chosen = _choose(query, paged, page_limits(config, steady.end), logits, config)
+    counters.last_choice = StepChoice(log_mass, chosen)
     retrieved, num_retrieved = _attend_chosen(query, paged, chosen, logits, counters)
     state = merge_state(*state, *retrieved)
     tail = estimate(log_mass, paged.value_mean.view, chosen)
@@ -76,15 +83,45 @@ def attend_chunk(
     query: [B, Hq, T, D]; keys, values: [B, Hkv, T, D] of the new tokens, not yet in a zone; valid:
     [B, T] or None. Returns out [B, Hq, T, D], lse [B, Hq, T].
     """
-    options = {"scale": logits.scale, "softcap": logits.softcap}
-    state = attend_block(query, keys, values, valid=valid, causal=True, **options)
-    before = attend_block(query, steady.keys.view, steady.values.view, valid=steady.mask, **options)
+    attend = partial(attend_block, query, scale=logits.scale, softcap=logits.softcap)
+    state = attend(keys, values, valid=valid, causal=True)
+    before = attend(steady.keys.view, steady.values.view, valid=steady.mask)
     state = merge_state(*state, *before)
     for block in stream_pages(paged, query.device):
-        part = attend_block(query, block.keys, block.values, valid=block.valid, **options)
-        state = merge_state(*state, *part)
+        state = merge_state(*state, *attend(block.keys, block.values, valid=block.valid))
         counters.bytes_to_device += 2 * block.keys.nbytes
     return state
+
+
+def _choose(
+    query: Tensor,
+    paged: PagedZone,
+    limits: tuple[int, int],
+    logits: Logits,
+    config: OffloadConfig,
+) -> tuple[Tensor, Tensor]:
+    """Log mass [B, Hq, N] of all pages and the pages to retrieve [B, Hkv, M] (-1 padded)."""
+    scale, softcap = logits.scale, logits.softcap
+    mean, counts = paged.mean.view, paged.device_counts.view
+    variance = paged.variance.view if config.tail_estimate == "second" else None
+    log_mass = score(query, mean, variance, counts, scale=scale, softcap=softcap)
+    least, most = limits
+    heads = counts.shape[1]
+    if config.refine > 1 and most < paged.num_pages:
+        candidates = select(log_mass, heads, max_pages=most * config.refine)
+        log_mass = refine(
+            query,
+            log_mass,
+            mean,
+            paged.codes.view,
+            paged.code_scale.view,
+            counts,
+            candidates,
+            scale=scale,
+            softcap=softcap,
+        )
+    chosen = select(log_mass, heads, max_pages=most, min_pages=least, top_p=config.top_p)
+    return log_mass, chosen
 
 
 def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters: Counters) -> State:

@@ -1,6 +1,7 @@
 """Building pages beside the model: cluster a segment, gather it into pages, copy them to the host.
 
-One worker thread, and on CUDA a stream of its own, so that the next layer computes meanwhile.
+On CUDA in a worker thread with a stream of its own, so that the next layer computes meanwhile. On a
+CPU at once: there a thread would compete with the model for the same cores, and measured slower.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from wavekv.index import balanced_pages, page_statistics
+from wavekv.index import balanced_pages, encode_keys, page_statistics
 from wavekv.kvstore import HostArena
 from wavekv.offload.paged import SegmentPages
 
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 
 class PageBuilder:
-    """Runs page building in the background, in order."""
+    """Runs page building in order, on CUDA in the background."""
 
     def __init__(self) -> None:
         self._worker: ThreadPoolExecutor | None = None
@@ -30,22 +31,44 @@ class PageBuilder:
     def submit(self, device: torch.device, build: Callable[[], T]) -> Future[T]:
         """Run `build` after all that the current stream of `device` was given so far.
 
-        The result is complete on the host and the device when the future is done.
+        The result is complete on the host and the device when the future is done, and what `build`
+        read may be changed again. An error is the future's.
         """
+        if device.type != "cuda":
+            return _run_now(build)
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="wavekv-pages")
-        if device.type != "cuda":
-            return self._worker.submit(_without_grad, build, nullcontext)
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
         ready = torch.cuda.current_stream(device).record_event()
 
         def on_stream() -> T:
             stream.wait_event(ready)
-            result = build()
-            stream.synchronize()
-            return result
+            try:
+                return build()
+            finally:
+                # after an error too: kernels that started still read the inputs
+                stream.synchronize()
 
         return self._worker.submit(_without_grad, on_stream, lambda: torch.cuda.stream(stream))
+
+
+def _run_now(build: Callable[[], T]) -> Future[T]:
+    try:
+        result = _without_grad(build, nullcontext)
+    except Exception as error:
+        return _failed(error)
+    future: Future[T] = Future()
+    future.set_result(result)
+    return future
+
+
+def _failed(error: Exception) -> Future[T]:
+    # not in `_run_now`: the error's traceback holds that frame, and would hold the future with it
+    future: Future[T] = Future()
+    future.set_exception(error)
+    return future
 
 
 def _without_grad(
@@ -79,6 +102,7 @@ def build_segment(
     paged_keys, paged_values = (x.gather(1, rows).reshape(R, N, P, D) for x in (k, v))
     counts = _page_counts(valid, B, N, P, keys.device).repeat_interleave(H, 0)
     statistics = page_statistics(paged_keys, paged_values, counts, dtype=keys.dtype)
+    quantised = encode_keys(paged_keys, statistics.mean, counts, dtype=keys.dtype)
     pages = torch.stack([paged_keys, paged_values], dim=2)
     arena.write(page_ids, pages.reshape(R * N, 2, P, D))
     held = torch.arange(P, device=keys.device) < counts[..., None]
@@ -88,10 +112,13 @@ def build_segment(
         length=S,
         page_ids=page_ids.reshape(B, H, N),
         counts=counts.reshape(B, H, N).cpu(),
+        device_counts=counts.reshape(B, H, N),
         token_ids=token_ids.to(torch.int32).reshape(B, H, N, P).cpu(),
         mean=statistics.mean.reshape(B, H, N, D),
         variance=statistics.variance.reshape(B, H, N, D),
         value_mean=statistics.value_mean.reshape(B, H, N, D),
+        codes=quantised.codes.reshape(B, H, N, P, D // 2),
+        code_scale=quantised.scale.reshape(B, H, N, P),
     )
 
 

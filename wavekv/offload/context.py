@@ -32,7 +32,7 @@ def _on_plain_tensors(
     """State made inside inference mode could not be changed outside it: leave that mode."""
 
     @wraps(method)
-    def wrapped(self: LayerContext, *args: P.args, **kwargs: P.kwargs) -> R:
+    def wrapped(self: LayerContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with torch.inference_mode(False), torch.no_grad():
             return method(self, *args, **kwargs)
 
@@ -62,7 +62,7 @@ class LayerContext:
             arena = runtime.arena(D, keys.dtype, keys.device)
             self.paged = PagedZone(arena, B, H, like=empty)
         self._pending: Future[list[SegmentPages]] | None = None
-        self._pending_ids: list[Tensor] = []
+        self._num_pending = 0
 
     @property
     def num_tokens(self) -> int:
@@ -87,11 +87,18 @@ class LayerContext:
     ) -> Tensor:
         """Take in T new tokens and attend with their queries: [B, Hq, T, D] float32.
 
-        One token is a decode step in the configured mode; several are attended to exactly.
+        One token is a decode step in the configured mode; several, or one of a prompt that is being
+        prefilled, are attended to exactly.
         query: [B, Hq, T, D]; keys, values: [B, Hkv, T, D]; valid: [B, T] bool or None for all.
+
+        Raises:
+            CapacityError: the pages that would be due do not fit cpu_budget; nothing changed.
+            LayoutError: keys, values or valid do not fit this context; nothing changed.
         """
+        self._check(keys, values, valid)
         self.settle()
-        if query.shape[2] == 1:
+        self._reserve(self.segments_after(keys.shape[2]))
+        if query.shape[2] == 1 and not self.runtime.is_prefilling:
             self.steady.append(keys, values, valid)
             config = self.runtime.config
             out, lse = attend_step(
@@ -112,7 +119,7 @@ class LayerContext:
         """Lengths of the segments that will be paged out once `num_new` more tokens came."""
         config = self.runtime.config
         smallest = config.segment if self.runtime.is_prefilling else config.append_segment
-        waiting = self.steady.num_local + num_new - config.window
+        waiting = self.steady.num_local - self._num_pending + num_new - config.window
         return cut_segments(waiting, segment=config.segment, smallest=smallest)
 
     def _page_out(self) -> None:
@@ -120,15 +127,12 @@ class LayerContext:
         lengths = self.segments_after(0)
         if not lengths:
             return
-        B, H, _ = self.shape
-        page_size = self.runtime.config.page_size
+        self._reserve(lengths)
         self.steady.fill_sinks(self.runtime.config.num_sink_tokens)
         arena = self.paged.arena
-        arena.reserve(B * H * sum(lengths) // page_size)
         jobs, first = [], 0
         for length in lengths:
-            ids = arena.allocate(B * H * length // page_size)
-            self._pending_ids.append(ids)
+            ids = self.paged.allocate(self._num_pages(length))
             keys, values, valid = self.steady.local(first, length)
             mask = valid if self.steady.is_ragged else None
             jobs.append((keys, values, mask, self.steady.start + first, ids))
@@ -140,27 +144,27 @@ class LayerContext:
                 for k, v, mask, start, ids in jobs
             ]
 
-        self._pending = self.runtime.builder.submit(self.steady.keys.view.device, build)
+        try:
+            self._pending = self.runtime.builder.submit(self.steady.keys.view.device, build)
+        except BaseException:
+            self.paged.give_up()
+            raise
+        self._num_pending = first
 
     @_on_plain_tensors
     def settle(self) -> None:
         """Wait for pages under construction and take them in. On failure the tokens stay local."""
         if self._pending is None:
             return
-        pending, ids = self._pending, self._pending_ids
-        self._pending, self._pending_ids = None, []
+        pending, self._pending, self._num_pending = self._pending, None, 0
         try:
-            segments = pending.result()
-        except BaseException:
-            for part in ids:
-                self.paged.arena.release(part)
-            raise
-        for segment in segments:
-            self.paged.append(segment)
-            self.counters.bytes_to_host += (
-                segment.page_ids.numel() * self.paged.arena.layout.page_bytes
-            )
-        self.steady.drop_oldest(sum(segment.length for segment in segments))
+            for segment in pending.result():
+                self.paged.append(segment)
+                self.steady.drop_oldest(segment.length)
+                num_bytes = segment.page_ids.numel() * self.paged.arena.layout.page_bytes
+                self.counters.bytes_to_host += num_bytes
+        finally:
+            self.paged.give_up()
 
     @_on_plain_tensors
     def page_out(self) -> None:
@@ -200,5 +204,25 @@ class LayerContext:
         copy = object.__new__(LayerContext)
         copy.runtime, copy.counters = runtime, self.counters.copy()
         copy.steady, copy.paged = self.steady.clone(), self.paged.clone()
-        copy._pending, copy._pending_ids = None, []
+        copy._pending, copy._num_pending = None, 0
         return copy
+
+    def _num_pages(self, num_tokens: int) -> int:
+        """Arena pages that `num_tokens` positions take, over all sequences and heads."""
+        B, H, _ = self.shape
+        return B * H * num_tokens // self.runtime.config.page_size
+
+    def _reserve(self, lengths: list[int]) -> None:
+        if lengths:
+            self.paged.arena.reserve(self._num_pages(sum(lengths)))
+
+    def _check(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> None:
+        B, H, D = self.shape
+        T = keys.shape[2]
+        fits = tuple(keys.shape) == tuple(values.shape) == (B, H, T, D)
+        if not fits or (valid is not None and tuple(valid.shape) != (B, T)):
+            raise LayoutError(
+                f"keys and values must be [B={B}, Hkv={H}, T, D={D}] and valid [B, T], got "
+                f"{tuple(keys.shape)}, {tuple(values.shape)} and "
+                f"{None if valid is None else tuple(valid.shape)}"
+            )

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class StepChoice(NamedTuple):
+    """What a retrieval step decided."""
+
+    log_mass: Tensor
+    """[B, Hq, N] estimated log mass of each page."""
+    chosen: Tensor
+    """[B, Hkv, M] pages retrieved, -1 padded."""
 
 
 @dataclass(slots=True)
@@ -17,6 +27,7 @@ class Counters:
     tail_mass: Tensor | float = 0.0
     bytes_to_host: int = 0
     bytes_to_device: int = 0
+    last_choice: StepChoice | None = None
 
     def record_step(
         self, retrieved_tokens: Tensor, num_tokens: int, tail_lse: Tensor, total_lse: Tensor
@@ -24,7 +35,9 @@ class Counters:
         """Add a step. retrieved_tokens: [B, Hkv]; tail_lse, total_lse: [B, Hq]."""
         self.steps += 1
         self.retrieved_share = self.retrieved_share + retrieved_tokens.float().mean() / num_tokens
-        self.tail_mass = self.tail_mass + torch.exp(tail_lse - total_lse).mean()
+        # a sequence that is all padding has no mass at all
+        share = torch.exp(tail_lse - total_lse).nan_to_num(nan=0.0)
+        self.tail_mass = self.tail_mass + share.mean()
 
     def copy(self) -> Counters:
         """The same sums, free to go on by themselves."""

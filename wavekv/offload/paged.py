@@ -1,4 +1,4 @@
-"""The paged zone of one layer: which arena pages hold which tokens, and the statistics of each page.
+"""The paged zone of one layer: which pages hold which tokens, and the statistics of each page.
 
 Page ids, counts and token ids stay on the host; counts and statistics also live on the device,
 where a step ranks and estimates pages. Pages come in segments, in the order of the tokens.
@@ -24,6 +24,8 @@ class SegmentPages:
     """[B, Hkv, n] int64 arena ids, host."""
     counts: Tensor
     """[B, Hkv, n] int32 tokens in each page, host."""
+    device_counts: Tensor
+    """The same on the device."""
     token_ids: Tensor
     """[B, Hkv, n, P] int32 positions, -1 where a slot holds none, host."""
     mean: Tensor
@@ -32,6 +34,24 @@ class SegmentPages:
     """[B, Hkv, n, D] variance of the keys, device."""
     value_mean: Tensor
     """[B, Hkv, n, D] mean value, device."""
+    codes: Tensor
+    """[B, Hkv, n, P, D / 2] uint8 quantised keys, device (see `encode_keys`)."""
+    code_scale: Tensor
+    """[B, Hkv, n, P] their scales, device."""
+
+
+_PARTS = (
+    "page_ids",
+    "counts",
+    "token_ids",
+    "device_counts",
+    "mean",
+    "variance",
+    "value_mean",
+    "codes",
+    "code_scale",
+)
+"""What a segment and a zone have for each page."""
 
 
 class PagedZone:
@@ -40,6 +60,7 @@ class PagedZone:
     def __init__(self, arena: HostArena, batch: int, num_kv_heads: int, like: Tensor) -> None:
         """`like` gives the device and dtype of the statistics."""
         self.arena = arena
+        self._building: list[Tensor] = []
         self.segments: list[tuple[int, int]] = []
         """(end position, end page) of each segment."""
         shape, P, D = (batch, num_kv_heads, 0), arena.layout.page_size, arena.layout.head_dim
@@ -50,9 +71,12 @@ class PagedZone:
         self.mean, self.variance, self.value_mean = (
             GrowingTensor(like.new_empty(*shape, D), dim=2) for _ in range(3)
         )
+        self.codes = GrowingTensor(like.new_empty(*shape, P, D // 2, dtype=torch.uint8), dim=2)
+        self.code_scale = GrowingTensor(like.new_empty(*shape, P), dim=2)
 
     def __del__(self) -> None:
-        self.arena.release(self.page_ids.view)
+        for ids in (self.page_ids.view, *self._building):
+            self.arena.drop(ids)
 
     @property
     def num_pages(self) -> int:
@@ -66,18 +90,41 @@ class PagedZone:
 
     @property
     def statistics_nbytes(self) -> int:
-        """Bytes of what a step reads of every page."""
-        return self.mean.nbytes + self.variance.nbytes + self.value_mean.nbytes
+        """Bytes of the index: what the device keeps of every page to rank and estimate it."""
+        index = self.mean, self.variance, self.value_mean, self.codes, self.code_scale
+        return sum(part.nbytes for part in index)
+
+    def allocate(self, num_pages: int) -> Tensor:
+        """Ids [num_pages] for the pages of a later segment, held until `append` or `give_up`.
+
+        Raises:
+            CapacityError: as `HostArena.reserve`.
+        """
+        ids = self.arena.allocate(num_pages)
+        self._building.append(ids)
+        return ids
+
+    def give_up(self) -> None:
+        """Release the pages that were allocated and not appended."""
+        while self._building:
+            self.arena.release(self._building.pop())
 
     def append(self, segment: SegmentPages) -> None:
-        """Add the pages of the next segment; their references pass to this zone."""
-        for part in ("page_ids", "counts", "token_ids", "mean", "variance", "value_mean"):
-            getattr(self, part).append(getattr(segment, part))
-        self.device_counts.append(segment.counts)
+        """Add the pages of the segment whose ids were allocated first. All or nothing."""
+        before = self.num_pages
+        try:
+            for name, part in zip(_PARTS, self._parts(), strict=True):
+                part.append(getattr(segment, name))
+        except BaseException:
+            for part in self._parts():
+                part.truncate(before)
+            raise
+        _keep_until_read(segment)
+        del self._building[:1]
         self.segments.append((segment.start + segment.length, self.num_pages))
 
     def segment_start(self, end: int) -> int:
-        """The start of the segment that holds position `end - 1`; `end` if it ends there or none."""
+        """The start of the segment that is cut at `end`; `end` itself if none is."""
         start = 0
         for stop, _ in self.segments:
             if stop > end:
@@ -130,24 +177,28 @@ class PagedZone:
     def clone(self) -> PagedZone:
         """An independent zone that shares the pages."""
         copy = object.__new__(PagedZone)
-        copy.arena, copy.segments = self.arena, list(self.segments)
-        copy.page_ids, copy.counts = self.page_ids.clone(), self.counts.clone()
-        copy.token_ids, copy.device_counts = self.token_ids.clone(), self.device_counts.clone()
-        copy.mean, copy.variance = self.mean.clone(), self.variance.clone()
-        copy.value_mean = self.value_mean.clone()
+        copy.arena, copy.segments, copy._building = self.arena, list(self.segments), []
+        copy.page_ids = self.page_ids.clone()
+        # before anything can fail: the copy releases them when it goes
         self.arena.retain(copy.page_ids.view)
+        for name in _PARTS[1:]:
+            setattr(copy, name, getattr(self, name).clone())
         return copy
 
     def _pages_until(self, position: int) -> int:
         return max((pages for stop, pages in self.segments if stop <= position), default=0)
 
     def _parts(self) -> tuple[GrowingTensor, ...]:
-        return (
-            self.page_ids,
-            self.counts,
-            self.token_ids,
-            self.device_counts,
-            self.mean,
-            self.variance,
-            self.value_mean,
-        )
+        return tuple(getattr(self, name) for name in _PARTS)
+
+
+def _keep_until_read(segment: SegmentPages) -> None:
+    """The device tensors belong to the builder's stream: its next build must not get their memory
+    before the current stream has copied them."""
+    if segment.mean.device.type != "cuda":
+        return
+    stream = torch.cuda.current_stream(segment.mean.device)
+    for name in _PARTS:
+        part: Tensor = getattr(segment, name)
+        if part.is_cuda:
+            part.record_stream(stream)

@@ -23,8 +23,10 @@ class SteadyZone:
         self.valid = GrowingTensor(torch.empty(batch, 0, dtype=torch.bool, device=device), dim=1)
         self.sink_positions = torch.empty(batch, 0, dtype=torch.int64, device=device)
         self.start = 0
-        self.has_padding = False
+        self.has_gaps = False
+        """Some slots hold no token for good: padding, or sinks that were cropped away."""
         self.is_ragged = False
+        """`has_gaps`, or local slots that sinks left behind."""
 
     @property
     def num_sink_slots(self) -> int:
@@ -58,7 +60,7 @@ class SteadyZone:
         if valid is None:
             valid = torch.ones(keys.shape[0], keys.shape[2], dtype=torch.bool, device=keys.device)
         else:
-            self.has_padding = self.is_ragged = True
+            self.has_gaps = self.is_ragged = True
         self.valid.append(valid)
 
     def local(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +78,7 @@ class SteadyZone:
         Sequences that have sinks already keep them: one whose padding outlasts the first segment
         gets its sinks later than the others.
         """
-        if num_slots == 0 or (self.num_sink_slots and not self.has_padding):
+        if num_slots == 0 or (self.num_sink_slots and not self.has_gaps):
             return
         if self.num_sink_slots == 0:
             self._open_slots(num_slots)
@@ -100,12 +102,15 @@ class SteadyZone:
             part.drop(self.num_sink_slots, count)
         self.start += count
         # the slots that sinks left behind are gone too
-        self.is_ragged = self.has_padding
+        self.is_ragged = self.has_gaps
 
     def truncate(self, end: int) -> None:
-        """Forget local tokens at positions >= `end` (>= start)."""
+        """Forget tokens at positions >= `end` (>= start)."""
         for part in (self.keys, self.values, self.valid):
             part.truncate(self.num_sink_slots + end - self.start)
+        # sinks of a sequence with long padding, or of one whose pages failed, may be that recent
+        if self.is_ragged:
+            self._forget_sinks(end)
 
     def restart(self, start: int, end: int, keys: Tensor, values: Tensor, valid: Tensor) -> None:
         """Replace the local tokens by [start, end), and forget sinks at positions >= `end`.
@@ -115,11 +120,12 @@ class SteadyZone:
         slots = self.num_sink_slots
         for part in (self.keys, self.values, self.valid):
             part.truncate(slots)
-        gone = self.sink_positions >= end
-        self.sink_positions = self.sink_positions.masked_fill(gone, -1)
-        self.valid.view.logical_and_(~gone)
+        self._forget_sinks(end)
+        gaps = self.has_gaps
         self.start = start
         self.append(keys, values, valid)
+        # without gaps before, the only ones now are those that sinks left
+        self.has_gaps = gaps
 
     def select(self, index: Tensor) -> None:
         """Keep the sequences `index` [B'], in that order."""
@@ -134,8 +140,15 @@ class SteadyZone:
         copy.valid = self.valid.clone()
         copy.sink_positions = self.sink_positions
         copy.start, copy.is_ragged = self.start, self.is_ragged
-        copy.has_padding = self.has_padding
+        copy.has_gaps = self.has_gaps
         return copy
+
+    def _forget_sinks(self, end: int) -> None:
+        gone = self.sink_positions >= end
+        if bool(gone.any()):
+            self.sink_positions = self.sink_positions.masked_fill(gone, -1)
+            self.valid.view[:, : self.num_sink_slots].logical_and_(~gone)
+            self.has_gaps = self.is_ragged = True
 
     def _open_slots(self, num_slots: int) -> None:
         batch = self.sink_positions.shape[0]

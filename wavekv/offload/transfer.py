@@ -7,6 +7,7 @@ pinned staging buffers on a copy stream, one block ahead of the attention that u
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -42,59 +43,76 @@ def fetch_pages(
     present = (wanted >= 0).nonzero().squeeze(1)
     local = torch.full_like(wanted, -1)
     local[present] = torch.arange(len(present))
-    pages = _staging(zone, len(present))
-    zone.arena.read(wanted[present], out=pages)
-    chunks = [pages.to(device)] if len(present) else []
-    return chunks, local.reshape(page_ids.shape).to(device)
+    # one row at least: kernels take no chunk of none
+    pages = _staging(zone, max(1, len(present)))
+    zone.arena.read(wanted[present], out=pages[: len(present)])
+    return [pages.to(device)], local.reshape(page_ids.shape).to(device)
 
 
 def stream_pages(zone: PagedZone, device: torch.device) -> Iterator[Block]:
-    """All pages of the zone in dense blocks. A block is valid until the one after the next."""
+    """All pages of the zone in dense blocks. A block is valid until the next is asked for."""
     # [N]; pages that are full in every sequence need no mask
     is_full = (zone.counts.view == zone.arena.layout.page_size).all(0).all(0)
     groups = [(is_full.nonzero().squeeze(1), False), ((~is_full).nonzero().squeeze(1), True)]
     B, H, _ = zone.page_ids.view.shape
     step = max(1, BLOCK_BYTES // (B * H * zone.arena.layout.page_bytes))
     blocks = [(part, masked) for pages, masked in groups for part in pages.split(step) if len(part)]
-    if device.type == "cuda":
+    if device.type == "cuda" and blocks:
         yield from _streamed_blocks(zone, blocks, device)
         return
     for index, masked in blocks:
         yield _dense(zone, zone.arena.read(_ids(zone, index)), index, masked)
 
 
+class _Side:
+    """One of two pairs of buffers, each page's way from the arena to the device."""
+
+    def __init__(self, zone: PagedZone, num_pages: int, device: torch.device) -> None:
+        """Made on the copy stream, which owns the device buffer."""
+        self.staging = _staging(zone, num_pages)
+        self.pages = torch.empty_like(self.staging, device=device)
+        self.copied, self.used = torch.cuda.Event(), torch.cuda.Event()
+
+
 def _streamed_blocks(
     zone: PagedZone, blocks: list[tuple[Tensor, bool]], device: torch.device
 ) -> Iterator[Block]:
-    """Copy block i + 1 while the caller's stream works on block i; two staging buffers."""
-    compute, copy = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    staging: list[Tensor | None] = [None, None]
-    copied: list[torch.cuda.Event | None] = [None, None]
+    """Copy block i + 1 while the caller's stream works on block i.
 
-    def start(number: int) -> Tensor:
-        index, _ = blocks[number]
-        ids, side = _ids(zone, index), number % 2
-        buffer, done = staging[side], copied[side]
-        if done is not None:
-            done.synchronize()
-        if buffer is None or len(buffer) < len(ids):
-            staging[side] = buffer = _staging(zone, len(ids))
-        zone.arena.read(ids, out=buffer[: len(ids)])
+    Two sides and no more, however far the host runs ahead of the device: a copy waits for the
+    attention that used its side before.
+    """
+    compute, copy = torch.cuda.current_stream(device), _copy_stream(device)
+    longest = max(len(_ids(zone, index)) for index, _ in blocks)
+    with torch.cuda.stream(copy):
+        sides = [_Side(zone, longest, device) for _ in blocks[:2]]
+    for side in sides:
+        # also when the caller stops early, the memory is not given away while it is read
+        side.pages.record_stream(compute)
+
+    def start(number: int) -> None:
+        ids, side = _ids(zone, blocks[number][0]), sides[number % 2]
+        side.copied.synchronize()
+        zone.arena.read(ids, out=side.staging[: len(ids)])
         with torch.cuda.stream(copy):
-            pages = buffer[: len(ids)].to(device, non_blocking=True)
-            copied[side] = copy.record_event()
-        return pages
+            copy.wait_event(side.used)
+            side.pages[: len(ids)].copy_(side.staging[: len(ids)], non_blocking=True)
+            side.copied.record(copy)
 
-    ahead = start(0) if blocks else None
+    start(0)
     for number, (index, masked) in enumerate(blocks):
-        pages, event = ahead, copied[number % 2]
-        assert pages is not None
-        assert event is not None
-        compute.wait_event(event)
-        pages.record_stream(compute)
-        # the copy stream reads pinned memory only, so it need not wait for the attention
-        ahead = start(number + 1) if number + 1 < len(blocks) else None
-        yield _dense(zone, pages, index, masked)
+        if number + 1 < len(blocks):
+            start(number + 1)
+        side = sides[number % 2]
+        compute.wait_event(side.copied)
+        yield _dense(zone, side.pages[: len(_ids(zone, index))], index, masked)
+        side.used.record(compute)
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: every stream keeps freed device memory to itself."""
+    return torch.cuda.Stream(device)
 
 
 def _ids(zone: PagedZone, index: Tensor) -> Tensor:

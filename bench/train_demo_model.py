@@ -1,11 +1,12 @@
-"""Train the bundled demo model: a small Llama that answers questions about facts planted in real text.
+"""Train the bundled demo model: a small Llama that answers questions about planted facts.
 
 One CUDA GPU, about ten minutes on an H200:
 
     python bench/train_demo_model.py --phase short --out runs/short
     python bench/train_demo_model.py --phase long --start runs/short --out runs/long
 
-Contexts grow from 512 to 64K tokens; the long phase then settles on 32K. The loss weighs answers 1 and other text 0.1. Weights are
+Contexts grow from 512 to 64K tokens; the long phase then settles on 32K. The loss weighs answers 1
+and other text 0.1. Weights are
 rounded to int8 rows at the end and what is evaluated is what is shipped. Writes model.safetensors,
 config.json and train.json (settings, log, accuracy) to --out.
 """
@@ -36,7 +37,7 @@ from transformers import (
 )
 
 from wavekv.demo import corpus, facts
-from wavekv.demo.quantised import quantise_rows, restore_rows
+from wavekv.model_adapters.quantised import quantise_rows, restore_rows
 
 ASSETS = Path(__file__).parent.parent / "wavekv" / "demo" / "assets"
 TEXT_WEIGHT = 0.1
@@ -235,7 +236,7 @@ def planted_loss(model, tokens, weights):
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, length: int, count: int, seed: int) -> float:
-    """Share of single questions after held-out text of `length` tokens whose five digits are all right."""
+    """Share of single questions, after held-out text of `length` tokens, answered right."""
     planted = max(16, length // 512)
     stage = Stage(length, 0, 0, planted=planted, asked=1, distractors=planted // 4)
     data = PlantedText(stage, "heldout", seed)

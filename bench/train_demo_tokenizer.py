@@ -1,4 +1,4 @@
-"""Train the demo model's tokenizer: byte-level BPE, single digits, on the training split and planted facts.
+"""Train the demo model's tokenizer: byte-level BPE with single digits, on the training split.
 
 python bench/train_demo_tokenizer.py
 """
@@ -20,7 +20,7 @@ NAME_REPEATS = 400
 
 
 def train(vocab_size: int, seed: int) -> Tokenizer:
-    """Return a tokenizer of `vocab_size` entries; digits stay single so that values copy digit by digit."""
+    """Return a tokenizer of `vocab_size` entries; single digits let values be copied one by one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -59,7 +59,8 @@ def main() -> None:
     assert not split, f"expected one token a name, got more for {split}"
     text = "\n".join(corpus.passages("heldout"))
     print(
-        f"{args.out}: {tokenizer.get_vocab_size()} entries, {len(text) / len(tokenizer.encode(text).ids):.2f} characters a token"
+        f"{args.out}: {tokenizer.get_vocab_size()} entries, "
+        f"{len(text) / len(tokenizer.encode(text).ids):.2f} characters a token"
     )
 
 

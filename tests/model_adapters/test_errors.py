@@ -230,11 +230,10 @@ def test_a_cache_whose_model_was_unwrapped(tiny_llama: PreTrainedModel) -> None:
             call()
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
 @torch.no_grad()
-def test_keys_that_lose_their_tag(
-    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = OffloadedKV(tiny_llama)
+def test_keys_that_lose_their_tag(num_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OffloadedKV(make_model("llama", num_hidden_layers=num_layers))
     cache = model.new_cache()
     update = OffloadedCache.update
     monkeypatch.setattr(

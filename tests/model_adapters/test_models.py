@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import BY_TYPE, FAMILIES, SCENARIOS, eager_model, left_padded, make_model, prompt
+from tiny_models import (
+    BY_TYPE,
+    FAMILIES,
+    SCENARIOS,
+    TINY,
+    eager_model,
+    left_padded,
+    make_model,
+    prompt,
+)
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer

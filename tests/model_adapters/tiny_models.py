@@ -68,7 +68,18 @@ _FULL = "full"
 _SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
 _WINDOWED = {**_SLIDING, "sliding_window": WINDOW}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_STATEFUL = "assisted generation is not supported with stateful models"
+_LINEAR = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+_STATEFUL = {"prompt_lookup": "assisted generation is not supported with stateful models"}
 
 FAMILIES = (
     Family("llama", _FULL, {}),
@@ -79,6 +90,15 @@ FAMILIES = (
     Family("phi3", _FULL, {"sliding_window": None}),
     Family("olmo2", _FULL, {}),
     Family("glm4", _FULL, {}),
+    Family("gemma", _FULL, {}),
+    Family("mixtral", _FULL, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Family("smollm3", _FULL, {}),
+    Family("granite", _FULL, {}),
+    Family("starcoder2", _FULL, {}),
+    Family("glm4_moe", _FULL, {**_EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1}),
+    Family("ernie4_5", _FULL, {}),
+    Family("seed_oss", _FULL, {}),
+    Family("gpt_neox", _FULL, {}),
     Family("gpt2", _FULL, {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 4096}),
     Family(
         "llama4_text",
@@ -98,28 +118,26 @@ FAMILIES = (
     Family("cohere2", "full and sliding", {**_WINDOWED, "logit_scale": 1.0}),
     Family("gemma2", "full and sliding", {**_WINDOWED, "query_pre_attn_scalar": 16}),
     Family("gemma3_text", "full and sliding", {**_WINDOWED, "query_pre_attn_scalar": 16}),
+    Family("olmo3", "full and sliding", _WINDOWED),
+    Family("exaone4", "full and sliding", _WINDOWED),
+    Family(
+        "gemma4_text",
+        "full and sliding, without shared keys",
+        {
+            **_WINDOWED,
+            "num_kv_shared_layers": 0,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCAB,
+        },
+    ),
     Family(
         "gpt_oss",
         "full and sliding, with sinks",
         {**_WINDOWED, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
-    Family(
-        "qwen3_next",
-        "full and linear",
-        {
-            "num_hidden_layers": 4,
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
-            "shared_expert_intermediate_size": 32,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            **_EXPERTS,
-        },
-        {"prompt_lookup": _STATEFUL},
-    ),
+    Family("qwen3_next", "full and linear", {**_LINEAR, **_EXPERTS}, _STATEFUL),
+    Family("qwen3_5_text", "full and linear", _LINEAR, _STATEFUL),
 )
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 

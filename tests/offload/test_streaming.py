@@ -107,14 +107,12 @@ def test_a_stream_holds_two_blocks_however_far_the_host_is_ahead(monkeypatch) ->
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    load = torch.randn(2048, 2048, device=device)
-    busy = load.nbytes * 4
     for block in stream_pages(context.paged, device):
-        for _ in range(20):  # the device falls behind
-            load = (load @ load).clamp(-1, 1)
+        torch.cuda._sleep(2_000_000)  # the device falls behind
         del block
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before < busy + 16 * block_bytes
+    assert torch.cuda.max_memory_allocated() - before < 16 * block_bytes
+    assert context.paged.arena.nbytes > 100 * block_bytes
 
 
 @pytest.mark.gpu
@@ -124,10 +122,9 @@ def test_a_slow_device_reads_blocks_before_they_are_overwritten(monkeypatch) -> 
     block_pages(monkeypatch, context, 1)  # a page alone may be a view of the copy's buffer
     fast = [block.keys.clone() for block in stream_pages(context.paged, device)]
     torch.cuda.synchronize()
-    slow, load = [], torch.randn(2048, 2048, device=device)
+    slow = []
     for block in stream_pages(context.paged, device):
-        for _ in range(5):
-            load = (load @ load).clamp(-1, 1)
+        torch.cuda._sleep(1_000_000)
         slow.append(block.keys.clone())
     assert all(torch.equal(a, b) for a, b in zip(slow, fast, strict=True))
 

@@ -25,3 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wavekv {options.command}: {error}", file=sys.stderr)
         return 2
     return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -47,9 +47,9 @@ def show_retrieved_page(
     fact = context.facts[number]
     print(f"\n{fact.question.strip()} {fact.value}")
     print(
-        f"{len(answering)} of {len(pages)} retrieved pages hold tokens of the sentence that says so. "
-        f"The strongest has {best.share:.0%} of\nthe paged attention of KV head {best.head} in layer "
-        f"{best.layer}; its tokens are in [brackets]:"
+        f"{len(answering)} of {len(pages)} retrieved pages hold tokens of the sentence that says "
+        f"so. The strongest has\n{best.share:.0%} of the paged attention of KV head {best.head} in "
+        f"layer {best.layer}; its tokens are in [brackets]:"
     )
     for span in _spans(best.positions):
         print("  ..." + _marked(context.token_ids, span, set(best.positions), decode) + " ...")
@@ -66,9 +66,7 @@ def _retrieved_pages(layer: int, context: LayerContext) -> list[RetrievedPage]:
     share = step.log_mass[0].softmax(-1).unflatten(0, (heads, -1)).mean(1)
     token_ids = context.paged.token_ids.view[0]
     return [
-        RetrievedPage(
-            float(share[head, index]), layer, head, sorted(_held(token_ids[head, index]))
-        )
+        RetrievedPage(float(share[head, index]), layer, head, sorted(_held(token_ids[head, index])))
         for head in range(heads)
         for index in step.chosen[0, head].tolist()
         if index >= 0

@@ -1,1 +1,1 @@
-"""The demo's text: documentation on every machine, facts planted in it, and questions about them."""
+"""The demo's text: documentation, facts planted in it, and questions about them."""

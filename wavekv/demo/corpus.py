@@ -1,4 +1,4 @@
-"""Real English text that every machine with Python has: the documentation inside the standard library.
+"""Real English text that every machine with Python has: the standard library's documentation.
 
 Sources are parsed, never imported. Files are split once by a hash of their name, so that text the
 demo model was trained on and text it is tested on never overlap.
@@ -12,6 +12,7 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -34,20 +35,31 @@ _SKIPPED_FOLDERS = {
 def passages(split: Split) -> list[str]:
     """Return the passages of a split, in a fixed order: docstrings and help topics as plain prose.
 
+    A passage that stands in files of both splits belongs to "train".
+
     Raises:
         FileNotFoundError: this Python has no standard-library sources beside it.
     """
+    named = _named_passages()
+    train = dict.fromkeys(text for name, text in named if _split_of(name) == "train")
+    if split == "train":
+        return list(train)
+    return list(dict.fromkeys(text for _, text in named if text not in train))
+
+
+@cache
+def _named_passages() -> tuple[tuple[str, str], ...]:
+    """(source, passage) of everything there is; parsing takes seconds."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [f for f in sorted(root.rglob("*.py")) if _is_wanted(f.relative_to(root))]
-    chosen = [f for f in files if _split_of(f.relative_to(root).as_posix()) == split]
-    found = [text for file in chosen for text in _texts(file)]
-    found += [t for name, t in _help_topics(root) if _split_of(name) == split]
-    if not found:
+    files = [file for file in sorted(root.rglob("*.py")) if _is_wanted(file.relative_to(root))]
+    named = [(f.relative_to(root).as_posix(), text) for f in files for text in _texts(f)]
+    named += _help_topics(root)
+    if not named:
         raise FileNotFoundError(
             f"expected Python sources with docstrings under {root}, found none; "
             "pass your own text instead (wavekv demo --file TEXT)"
         )
-    return list(dict.fromkeys(found))
+    return tuple(named)
 
 
 def _is_wanted(path: Path) -> bool:
@@ -80,7 +92,7 @@ def _help_topics(root: Path) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Constant):
-                    yield f"topic:{key.value}", _prose(str(value.value))
+                    yield f"topic:{key.value!s}", _prose(str(value.value))
 
 
 def _prose(text: str) -> str:

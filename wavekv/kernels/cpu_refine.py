@@ -38,7 +38,14 @@ def _log_sum_exp(logits: Any) -> Any:
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _refine_page(
-    query: Any, mean: Any, codes: int, code_scale: Any, count: int, softcap: Any, logits: Any, row: Any
+    query: Any,
+    mean: Any,
+    codes: int,
+    code_scale: Any,
+    count: int,
+    softcap: Any,
+    logits: Any,
+    row: Any,
 ) -> None:
     """logits [G, P]: of the first `count` tokens of one page. row [D]: scratch."""
     group, width = query.shape

@@ -112,9 +112,7 @@ def refine(
     checks.expect_heads("query", query, shape[0], shape[1], shape[3])
     checks.expect_heads("log_mass", log_mass, shape[0], shape[1], shape[2])
     page_size = codes.shape[3]
-    checks.expect(
-        "codes", codes, (*shape[:3], page_size, shape[3] // 2), torch.uint8, like=mean
-    )
+    checks.expect("codes", codes, (*shape[:3], page_size, shape[3] // 2), torch.uint8, like=mean)
     checks.expect("code_scale", code_scale, (*shape[:3], page_size), *STORED_DTYPES, like=mean)
     checks.expect_rows("code_scale", code_scale)
     checks.expect("counts", counts, shape[:3], torch.int32, like=mean)

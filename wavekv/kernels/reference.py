@@ -51,7 +51,7 @@ def refine(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    B, Hkv, _, P, _ = codes.shape
+    Hkv, P = codes.shape[1], codes.shape[3]
     index = candidates.clamp(min=0)
 
     def of_candidates(x: Tensor) -> Tensor:

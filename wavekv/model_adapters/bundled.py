@@ -11,9 +11,9 @@ from importlib.resources import files
 import torch
 from safetensors.torch import load
 from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from wavekv.demo.quantised import restore_rows
+from wavekv.model_adapters.quantised import restore_rows
 
 _ASSETS = files("wavekv.demo") / "assets"
 
@@ -33,3 +33,8 @@ def load_demo_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 def load_demo_tokenizer() -> Tokenizer:
     """Return the demo model's tokenizer (of the `tokenizers` library)."""
     return Tokenizer.from_str((_ASSETS / "tokenizer.json").read_text())
+
+
+def full_attention_cache(model: LlamaForCausalLM) -> DynamicCache:
+    """Transformers' own cache, for comparison: every token stays where the model is."""
+    return DynamicCache(config=model.config)

@@ -219,6 +219,7 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         states = [snapshot(layer) for layer in others]
         try:
             yield
+            self._check_delivered()
         except BaseException:
             for layer, state in zip(others, states, strict=True):
                 restore(layer, state)

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from wavekv.errors import CacheError
 from wavekv.model_adapters.cache import OffloadedCache
+from wavekv.model_adapters.layer import OffloadedLayer
 
 
 def prefill(
@@ -139,15 +140,35 @@ def _forward_inputs(
 
 def _reserve_all(model: PreTrainedModel, cache: OffloadedCache, batch: int, total: int) -> None:
     """Raise CapacityError now if the pages of all `total` tokens will not fit."""
-    text = cache.model_config
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    config = cache.config
+    config, itemsize = cache.config, model.dtype.itemsize
     waiting = max(0, total - config.window - config.append_segment)
-    size = 2 * dim * model.dtype.itemsize * waiting * batch * heads * len(cache.offloaded_layers)
-    held = sum(arena.capacity - arena.num_pages for arena in cache.runtime.arenas.values())
-    page_bytes = 2 * dim * model.dtype.itemsize * config.page_size
-    cache.runtime.budget.check(max(0, size - held * page_bytes))
+    size = 2 * itemsize * waiting * batch * _values_per_token(cache)
+    arenas = cache.runtime.arenas.values()
+    held = sum((a.capacity - a.num_pages) * a.layout.page_bytes for a in arenas)
+    cache.runtime.budget.check(max(0, size - held))
+
+
+def _values_per_token(cache: OffloadedCache) -> int:
+    """KV heads times their size, summed over the offloaded layers: an estimate before any ran."""
+    text, count = cache.model_config, 0
+    configs = getattr(text, "per_layer_config", None) or [text] * len(cache.layers)
+    for layer, config in zip(cache.layers, configs, strict=False):
+        if not isinstance(layer, OffloadedLayer):
+            continue
+        if layer.context is not None:
+            _, heads, dim = layer.context.shape
+        else:
+            heads, dim = _guessed_shape(config)
+        count += heads * dim
+    return count
+
+
+def _guessed_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """(Hkv, D) as configurations call them; rather too little than too much."""
+    num_queries: int = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or num_queries
+    heads = 1 if getattr(config, "multi_query", False) else heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // num_queries
 
 
 @contextmanager

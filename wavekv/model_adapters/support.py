@@ -41,6 +41,10 @@ def check_supported(model: PreTrainedModel) -> None:
             f"interface), got {type(model).__name__}, which computes attention itself; use a model "
             "class that ships with transformers"
         )
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise UnsupportedModelError(
+            f"expected a model that takes transformers' caches, got {kind}, which brings its own"
+        )
     if not model.can_generate():
         raise UnsupportedModelError(
             f"expected a model with a language-model head, as AutoModelForCausalLM loads it, got "

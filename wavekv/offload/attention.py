@@ -51,6 +51,7 @@ def attend_step(
 
     Reads: the steady zone, all page statistics, and the selected pages; in "exact" mode all pages.
     """
+    counters.last_query = query
     scale, softcap = logits.scale, logits.softcap
     keys, values = steady.keys.view, steady.values.view
     state = attend_dense(query, keys, values, steady.mask, scale=scale, softcap=softcap)

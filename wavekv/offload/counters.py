@@ -27,6 +27,8 @@ class Counters:
     tail_mass: Tensor | float = 0.0
     bytes_to_host: int = 0
     bytes_to_device: int = 0
+    last_query: Tensor | None = None
+    """[B, Hq, D] of the last decode step, in any mode."""
     last_choice: StepChoice | None = None
 
     def record_step(

@@ -1,4 +1,4 @@
-"""Weights as int8 rows: each row of a matrix has one float16 scale. What the demo model ships as."""
+"""Weights as int8 rows with a float16 scale each: what the demo model ships as."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SCALE = ".row_scale"
 
 
 def quantise_rows(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Round matrices [out, in] to int8 with a float16 scale a row; keep other tensors in float32."""
+    """Round matrices [out, in] to int8, a float16 scale a row; other tensors stay float32."""
     packed: dict[str, Tensor] = {}
     for name, weight in state.items():
         weight = weight.detach().float().cpu()

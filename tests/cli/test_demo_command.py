@@ -1,0 +1,72 @@
+"""`wavekv demo` on a short context, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from wavekv.cli.main import main
+
+KEYS = {
+    "context_tokens",
+    "questions",
+    "budget",
+    "retrieved_fraction",
+    "correct",
+    "tpot_ms",
+    "prefill_s",
+    "kv_bytes",
+}
+
+
+@pytest.mark.slow
+def test_demo_answers_and_prints_json_last(tmp_path) -> None:
+    command = [sys.executable, "-m", "wavekv.cli.main", "demo", "--json"]
+    command += ["--tokens", "4096", "--questions", "6", "--budget", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "answers right" in done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) >= KEYS
+    assert result["context_tokens"] == 4096
+    assert result["questions"] == 6
+    assert result["correct"]["full"] >= 5
+    assert result["correct"]["retrieval"] >= result["correct"]["full"] - 1
+    assert result["exact_tokens_equal_full"]
+    assert 0 < result["retrieved_fraction"] < 0.2
+    assert result["kv_bytes"]["host"] > result["kv_bytes"]["device"] > 0
+
+
+@pytest.mark.slow
+def test_demo_takes_a_file_and_fails_when_retrieval_cannot_see(tmp_path, capsys) -> None:
+    """A budget of almost nothing and no tail must lose answers, and the exit status must say so."""
+    text = tmp_path / "text.txt"
+    text.write_text("The river runs past the old town. " * 400)
+    arguments = ["demo", "--file", str(text), "--tokens", "4096", "--questions", "8", "--json"]
+    status = main([*arguments, "--budget", "0.0001"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lost = result["correct"]["full"] - result["correct"]["retrieval"]
+    assert status == int(lost > 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--file", "/no/such/file"], "/no/such/file"),
+        (["demo", "--tokens", "10"], "at least 512 tokens, got 10"),
+        (["demo", "--tokens", "512", "--budget", "3.0"], "budget must be a float share"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(arguments, message, capsys) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("wavekv demo: ")
+    assert message in error
+
+
+def test_version(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith("wavekv 0.")

@@ -25,6 +25,8 @@ def machine_record() -> dict[str, Any]:
 
 
 def _commit() -> str:
+    if "GIT_COMMIT" in os.environ:  # where the sources are without their history
+        return os.environ["GIT_COMMIT"]
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"

@@ -21,8 +21,9 @@ KEYS = {
 
 
 @pytest.mark.slow
-def test_demo_answers_and_prints_json_last(tmp_path) -> None:
-    command = [sys.executable, "-m", "wavekv.cli.main", "demo", "--json"]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_demo_answers_and_prints_json_last(tmp_path, device) -> None:
+    command = [sys.executable, "-m", "wavekv.cli.main", "demo", "--json", "--device", device]
     command += ["--tokens", "4096", "--questions", "6", "--budget", "0.1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,9 +14,9 @@ from wavekv import OffloadedKV
 
 
 @cache
-def _wrapped(model_type: str) -> OffloadedKV:
+def _wrapped(model_type: str, device: torch.device | str) -> OffloadedKV:
     before = "eager" if model_type in ("gemma2", "gpt_oss") else "sdpa"
-    return OffloadedKV(make_model(model_type, attention=before), TINY)
+    return OffloadedKV(make_model(model_type, attention=before).to(device), TINY)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,8 +32,10 @@ def _one_thread() -> Iterator[None]:
 def wrapped() -> Callable[..., OffloadedKV]:
     """wrapped(model_type, **overrides): a wrapper, over one model for each type."""
 
-    def wrap(model_type: str, **overrides: object) -> OffloadedKV:
-        return OffloadedKV(_wrapped(model_type).model, TINY, **overrides)
+    def wrap(
+        model_type: str, device: torch.device | str = "cpu", **overrides: object
+    ) -> OffloadedKV:
+        return OffloadedKV(_wrapped(model_type, device).model, TINY, **overrides)
 
     return wrap
 

@@ -32,7 +32,11 @@ Wrap = Callable[..., OffloadedKV]
 
 
 def _generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
-    return model.generate(ids, max_new_tokens=NUM_NEW, do_sample=False, **options)
+    """Greedy tokens on the CPU, wherever the model is."""
+    moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in options.items()}
+    ids = ids.to(model.device)
+    tokens: Tensor = model.generate(ids, max_new_tokens=NUM_NEW, do_sample=False, **moved)
+    return tokens.cpu()
 
 
 def _turns() -> tuple[Tensor, Tensor]:
@@ -83,9 +87,11 @@ def _check(model: OffloadedKV, model_type: str, scenario: str) -> None:
 @pytest.mark.parametrize("mode", ["exact", "retrieval"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("model_type", [family.model_type for family in FAMILIES])
-def test_tokens_equal_eager(model_type: str, scenario: str, mode: str, wrapped: Wrap) -> None:
+def test_tokens_equal_eager(
+    model_type: str, scenario: str, mode: str, wrapped: Wrap, device: torch.device
+) -> None:
     chunk = {"prefill_chunk": CHUNK} if scenario.endswith("chunked") else {}
-    model = wrapped(model_type, mode=mode, **chunk)
+    model = wrapped(model_type, device=device, mode=mode, **chunk)
     reason = BY_TYPE[model_type].unsupported.get(scenario)
     if reason is None:
         _check(model, model_type, scenario)

@@ -27,7 +27,7 @@ class OffloadConfig:
     """Retrieve only the tokens that hold this share of the estimated mass; `budget` is the cap."""
     min_budget: int = 64
     """The floor under a share or `top_p`: short contexts retrieve at least this many tokens."""
-    refine: int = 8
+    refine: int = 32
     """Pages ranked again by quantised keys, as a multiple of the budget; 1 ranks by means alone."""
     tail_estimate: Literal["none", "first", "second"] = "second"
     """What stands for pages not retrieved: nothing, their mean key, or mean and variance."""

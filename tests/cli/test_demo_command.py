@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from wavekv.cli.main import main
+
+ROOT = Path(__file__).parents[2]
 
 KEYS = {
     "context_tokens",
@@ -22,10 +25,10 @@ KEYS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_demo_answers_and_prints_json_last(tmp_path, device) -> None:
+def test_demo_answers_and_prints_json_last(device) -> None:
     command = [sys.executable, "-m", "wavekv.cli.main", "demo", "--json", "--device", device]
     command += ["--tokens", "4096", "--questions", "6", "--budget", "0.1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "answers right" in done.stdout
     result = json.loads(done.stdout.splitlines()[-1])

@@ -1,5 +1,7 @@
 """balanced_pages: a permutation, padding last, rows apart, pages tighter than their rivals."""
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import given
@@ -236,7 +238,10 @@ def test_nothing_waits_for_a_real_device() -> None:
     keys = clustered_keys(7, 3, 8192, 64, num_topics=100, noise=0.3)
     valid = (torch.arange(8192) < torch.tensor([[8192], [5000], [3]])).expand(3, -1)
     on_device, valid_on_device = keys.cuda(), valid.cuda()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        # torch warns that the mode is a prototype, after it has set it
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
     try:
         order = balanced_pages(on_device, 16, valid_on_device)
     finally:

@@ -31,10 +31,10 @@ CHUNK = 23
 Wrap = Callable[..., OffloadedKV]
 
 
-def _generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
+def _generate(model: Any, ids: Tensor | None, **options: Any) -> Tensor:
     """Greedy tokens on the CPU, wherever the model is."""
     moved = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in options.items()}
-    ids = ids.to(model.device)
+    ids = None if ids is None else ids.to(model.device)
     tokens: Tensor = model.generate(ids, max_new_tokens=NUM_NEW, do_sample=False, **moved)
     return tokens.cpu()
 

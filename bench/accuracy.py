@@ -135,7 +135,7 @@ def summarise(tallies: dict[str, Tally]) -> dict[str, dict[str, float]]:
 
 def as_markdown(rows: dict[str, dict[str, float]], record: dict) -> str:
     lines = [
-        "# Accuracy of the bundled model at 32K tokens",
+        f"# Accuracy of the bundled model at {record['context_tokens']} tokens",
         "",
         f"{rows['exact']['questions']} questions about facts planted in real text of "
         f"{record['context_tokens']} tokens. *Output error* is the relative L2 distance of the "

@@ -26,11 +26,13 @@ class OffloadConfig:
     top_p: float | None = None
     """Retrieve only the tokens that hold this share of the estimated mass; `budget` is the cap."""
     min_budget: int = 64
-    """The floor under a share or `top_p`: short contexts retrieve at least this many tokens."""
+    """The floor under a share or `top_p`: short contexts retrieve at least this many tokens. A
+    `budget` given as a count goes before it."""
     refine: int = 32
     """Pages ranked again by quantised keys, as a multiple of the budget; 1 ranks by means alone."""
     tail_estimate: Literal["none", "first", "second"] = "second"
-    """What stands for pages not retrieved: nothing, their mean key, or mean and variance."""
+    """What stands for pages not retrieved: nothing, their mean key, or mean and variance. Pages are
+    ranked by the same estimate (by means for "none")."""
     num_sink_tokens: int = 4
     """First tokens of each sequence that stay in the steady zone."""
     window: int = 64

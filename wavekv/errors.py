@@ -10,15 +10,15 @@ class ConfigError(WavekvError, ValueError):
 
 
 class CapacityError(WavekvError, MemoryError):
-    """Raised when keys and values do not fit the memory or disk space they were given."""
+    """Raised when keys and values do not fit the memory they were given."""
 
 
 class UnsupportedModelError(WavekvError, ValueError):
-    """Raised when a model's attention or layers cannot be served, before it is changed."""
+    """Raised when a model's attention or layers cannot be served."""
 
 
 class CacheError(WavekvError, RuntimeError):
-    """Raised when a cache cannot do what was asked in its state: closed, or of another model."""
+    """Raised when a cache cannot do what was asked in its state, or belongs to another model."""
 
 
 class LayoutError(WavekvError, ValueError):

@@ -59,7 +59,8 @@ def test_demo_takes_a_file_and_fails_when_retrieval_cannot_see(tmp_path, capsys)
     [
         (["demo", "--file", "/no/such/file"], "/no/such/file"),
         (["demo", "--tokens", "10"], "at least 512 tokens, got 10"),
-        (["demo", "--tokens", "512", "--budget", "3.0"], "budget must be a float share"),
+        (["demo", "--budget", "3.0"], "budget must be a float share"),
+        (["demo", "--questions", "0"], "at least 1 question, got 0"),
     ],
 )
 def test_bad_arguments_are_one_clear_line(arguments, message, capsys) -> None:

@@ -22,9 +22,16 @@ from transformers import (
 )
 from transformers.generation import GenerationMixin
 
-from wavekv import OffloadedCache, OffloadedKV
-from wavekv.errors import CacheError, CapacityError, ConfigError, UnsupportedModelError
+from wavekv import OffloadConfig, OffloadedCache, OffloadedKV
+from wavekv.errors import (
+    CacheError,
+    CapacityError,
+    ConfigError,
+    LayoutError,
+    UnsupportedModelError,
+)
 from wavekv.kvstore import MemoryBudget
+from wavekv.offload import LayerContext, OffloadRuntime
 
 Wrap = Callable[..., OffloadedKV]
 NUM_NEW = 6
@@ -582,3 +589,34 @@ def test_attributes_are_the_models(tiny_llama: PreTrainedModel) -> None:
     assert tiny_llama.generation_config.max_length == 30
     with pytest.raises(AttributeError, match="no_such_thing"):
         _ = model.no_such_thing
+
+
+def test_padding_of_a_failed_chunk_is_forgotten(
+    wrapped: Wrap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding that reaches into a chunk that fails must not be remembered as cached."""
+    model = wrapped("llama", prefill_chunk=23)
+    ids, mask = left_padded(60, 20)
+    fresh = model.new_cache()
+    expected = model.prefill(ids, fresh, mask)
+    cache = model.new_cache()
+    attend, calls = LayerContext.attend, []
+
+    def fail_late(self: LayerContext, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) > len(cache.offloaded_layers):
+            raise RuntimeError("out of memory")
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(LayerContext, "attend", fail_late)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.prefill(ids, cache, mask)
+    monkeypatch.undo()
+    assert cache.get_seq_length() == 23
+    torch.testing.assert_close(model.prefill(ids[:, 23:], cache, mask), expected)
+
+
+def test_an_odd_head_dimension() -> None:
+    keys = torch.zeros(1, 1, 4, 5)
+    with pytest.raises(LayoutError, match="even head dimension, got 5"):
+        LayerContext(OffloadRuntime(OffloadConfig()), keys, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -379,3 +380,23 @@ def test_a_plain_cache_still_works_in_the_bare_model(wrapped: Wrap) -> None:
         inner, ids, attention_mask=mask, past_key_values=DynamicCache(config=inner.config)
     )
     assert torch.equal(out, _generate(eager_model("gemma3_text"), ids, attention_mask=mask))
+
+
+def test_a_deep_copy_is_a_fork(wrapped: Wrap) -> None:
+    model = wrapped("llama")
+    cache = model.new_cache()
+    model.prefill(prompt(131)[:, :100], cache)
+    copied = copy.deepcopy(cache)
+    for each in (cache, copied):
+        tokens = _generate(model, prompt(131), past_key_values=each)
+        assert torch.equal(tokens, _expected("llama", "greedy"))
+
+
+def test_dropout_of_a_model_in_training_stays(wrapped: Wrap) -> None:
+    model = make_model("gpt2", attn_pdrop=0.5, attention="sdpa")
+    model.config.resid_pdrop = 0.0
+    with OffloadedKV(model, TINY) as bare:
+        bare.train()
+        outs = [bare(prompt(40), use_cache=False).logits for _ in range(2)]
+        assert not torch.equal(*outs)
+        bare.eval()

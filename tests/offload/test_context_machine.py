@@ -121,7 +121,9 @@ class ContextMachine(RuleBasedStateMachine):
     @rule(pair=pairs)
     def settle(self, pair: Pair) -> None:
         pair.context.settle()
-        assert pair.context.segments_after(0) == [] or segments(pair) == []
+        settled = segments(pair)
+        pair.context.settle()
+        assert segments(pair) == settled
 
     def forward(self, pair: Pair, count: int, masked: bool) -> None:
         start = len(pair.tokens)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from wavekv import OffloadConfig
 from wavekv.cli.answering import Answers, ask, timed
 from wavekv.cli.retrieved import show_retrieved_page
 from wavekv.demo.context import PlantedContext, plant
@@ -42,6 +43,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo; 1 if retrieval loses more than one question against full attention."""
+    _check(options)
     tokenizer = load_demo_tokenizer()
     text = None if options.file is None else options.file.read_text(encoding="utf-8")
     context = plant(
@@ -56,6 +58,17 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result))
     correct = result["correct"]
     return int(correct["retrieval"] < correct["full"] - ALLOWED_LOSS)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse bad options before any work."""
+    OffloadConfig(budget=options.budget)
+    if options.questions < 1:
+        raise ValueError(f"expected at least 1 question, got {options.questions}")
+    if torch.device(options.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"expected a CUDA device for --device {options.device}, found none; use --device cpu"
+        )
 
 
 @torch.inference_mode()
@@ -73,6 +86,7 @@ def measure(context: PlantedContext, tokenizer: Any, options: argparse.Namespace
     full = full_attention_cache(model)
     print("full attention: prefill ...")
     prefill_full = timed(lambda: model(input_ids=ids, past_key_values=full, logits_to_keep=1))
+    bytes_full = sum(layer.keys.nbytes + layer.values.nbytes for layer in full.layers)
     for question in tqdm(questions, desc="full attention"):
         ask(model, full, question, answers["full"], tokenizer.decode)
         full.crop(ids.shape[1] - full.get_seq_length())
@@ -100,12 +114,14 @@ def measure(context: PlantedContext, tokenizer: Any, options: argparse.Namespace
         "tpot_ms": {mode: answers[mode].tpot_ms for mode in answers},
         "prefill_s": {"full": prefill_full, "offloaded": prefill_offloaded},
         "kv_bytes": {"device": held["bytes_device"], "host": held["bytes_host"]},
+        "kv_bytes_full": bytes_full,
     }
 
 
 def print_table(result: dict[str, Any]) -> None:
     """Print the result for people."""
-    mib = {tier: f"{size / 2**20:.0f} MiB" for tier, size in result["kv_bytes"].items()}
+    sizes = {**result["kv_bytes"], "full": result["kv_bytes_full"]}
+    mib = {tier: f"{size / 2**20:.0f} MiB" for tier, size in sizes.items()}
     prefill, modes = result["prefill_s"], ("full", "exact", "retrieval")
     once = f"{prefill['offloaded']:.1f} s"
     rows: list[tuple[str, ...]] = [
@@ -114,7 +130,7 @@ def print_table(result: dict[str, Any]) -> None:
         ("tokens retrieved", "all", "all", f"{result['retrieved_fraction']:.1%}"),
         ("time per token", *(f"{result['tpot_ms'][m]:.1f} ms" for m in modes)),
         ("prefill", f"{prefill['full']:.1f} s", once, "(the same)"),
-        ("KV on the device side", mib["host"], mib["device"], mib["device"]),
+        ("KV on the device side", mib["full"], mib["device"], mib["device"]),
         ("KV in host pages", "-", mib["host"], mib["host"]),
     ]
     print()

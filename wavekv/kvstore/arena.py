@@ -21,6 +21,9 @@ from wavekv.kvstore.layout import KVLayout
 CHUNK_BYTES = 64 << 20
 """A power of two: what a pinned allocation rounds up to anyway."""
 
+_LEAST_CHUNKS = 8
+"""A budget holds at least so many chunks: what does not fill the last one is little."""
+
 
 class HostArena:
     """Pages [2, P, D] by id, in chunks [C, 2, P, D]: page i is `chunks[i // C][i % C]`."""
@@ -30,7 +33,7 @@ class HostArena:
     ) -> None:
         self.chunks: list[Tensor] = []
         self.layout, self.budget, self.pin = layout, budget, pin
-        fitting = min(chunk_bytes, budget.limit) // layout.page_bytes
+        fitting = min(chunk_bytes, budget.limit // _LEAST_CHUNKS) // layout.page_bytes
         self.pages_per_chunk = max(1, fitting)
         # numpy: tensors made inside inference mode could not be changed outside it
         self._references = np.empty(0, dtype=np.int32)

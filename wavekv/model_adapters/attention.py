@@ -72,7 +72,9 @@ def offloaded_attention(
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         mask = _full_mask(attention_mask, query, key, causal)
-        out = _attend_dense(query, key, value, mask, logits, s_aux)
+        out = _attend_dense(
+            query, key, value, mask, logits, s_aux, dropout if module.training else 0.0
+        )
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
@@ -133,11 +135,18 @@ def _attend_dense(
     mask: Tensor | None,
     logits: Logits,
     sinks: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     """Attention over keys that are all here. mask: [B, 1, T, S] bool. Returns [B, Hq, T, D]."""
     if logits.softcap is None and sinks is None:
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=logits.scale, enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            scale=logits.scale,
+            enable_gqa=True,
         )
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -151,4 +160,4 @@ def _attend_dense(
         weights = torch.cat([weights, column], -1).softmax(-1)[..., :-1]
     else:
         weights = weights.softmax(-1)
-    return weights @ value.float()
+    return nn.functional.dropout(weights, dropout) @ value.float()

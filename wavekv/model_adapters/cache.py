@@ -63,7 +63,12 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         return int(statistics["bytes_device"] + statistics["bytes_host"])
 
     def stats(self) -> dict[str, float | int]:
-        """What the cache holds and what decoding did, as plain numbers (docs/architecture.md)."""
+        """What the cache holds and what decoding did, as plain numbers.
+
+        tokens, sequences (of one layer), pages (of all); decode_steps that retrieved;
+        retrieved_fraction and tail_mass (means over those); bytes_device (steady zone and index),
+        bytes_host (pages), bytes_to_host and bytes_to_device (moved so far).
+        """
         self.settle()
         return cache_statistics(layer.context for layer in self.offloaded_layers)
 
@@ -123,9 +128,11 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
             arena.reserve(num_pages)
 
     def fork(self, **overrides: Any) -> OffloadedCache:
-        """An independent cache with the same tokens. Pages are shared, so it is quick and small.
+        """An independent cache with the same tokens. Pages are shared; the index and the steady
+        zone are copied.
 
-        overrides: decode settings to change: mode, budget, top_p, min_budget, tail_estimate.
+        overrides: decode settings to change: mode, budget, top_p, min_budget, refine,
+        tail_estimate.
 
         Raises:
             ConfigError: another setting, or a bad value.
@@ -150,6 +157,10 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         """Whether some of the tokens held are padding."""
         padding = self.offloaded_layers[0].padding
         return padding is not None and not padding.is_empty
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OffloadedCache:
+        """A fork: what code that copies caches for a shared prefix means."""
+        return self.fork()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (a negative number, as in transformers).

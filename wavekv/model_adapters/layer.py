@@ -143,8 +143,8 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         held = self.context.shape[0]
         if held != batch:
             self.reorder_cache(torch.arange(0, held, held // batch))
-        if self.context.num_tokens > length:
-            self._truncate(length)
+        # the padding of new tokens is taken in before the tokens are
+        self._truncate(min(length, self.context.num_tokens))
 
     def offload(self) -> None:
         """Nothing to do: pages are on the host."""

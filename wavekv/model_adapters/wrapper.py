@@ -122,7 +122,8 @@ class OffloadedKV:
         the last token. If it fails, the cache still answers for the chunks that were finished.
 
         Raises:
-            CapacityError: the pages do not fit cpu_budget; nothing has changed then.
+            CapacityError: the pages do not fit cpu_budget. Usually found before the first chunk;
+                memory that others take meanwhile shows later, between chunks.
             CacheError: the cache is of another model, or shapes do not fit it.
         """
         self._check_wrapped()

@@ -46,8 +46,13 @@ class LayerContext:
         """keys, values: [B, Hkv, T, D] give shapes, dtype and device; nothing is stored yet.
 
         Raises:
-            LayoutError: values of another shape than keys.
+            LayoutError: values of another shape than keys, or an odd head dimension.
         """
+        if keys.shape[-1] % 2:
+            raise LayoutError(
+                f"keys must have an even head dimension, got {keys.shape[-1]}; their four-bit "
+                "codes are stored in pairs"
+            )
         if keys.shape != values.shape:
             raise LayoutError(
                 f"keys and values must have one shape, got {tuple(keys.shape)} and "

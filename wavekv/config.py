@@ -31,8 +31,9 @@ class OffloadConfig:
     refine: int = 32
     """Pages ranked again by quantised keys, as a multiple of the budget; 1 ranks by means alone."""
     tail_estimate: Literal["none", "first", "second"] = "second"
-    """What stands for pages not retrieved: nothing, their mean key, or mean and variance. Pages are
-    ranked by the same estimate (by means for "none")."""
+    """What stands for pages not retrieved: nothing, the means of their keys and values, or also
+    second moments (the variance of keys, and how values go with keys). Pages are ranked by the same
+    estimate (by means for "none")."""
     num_sink_tokens: int = 4
     """First tokens of each sequence that stay in the steady zone."""
     window: int = 64

@@ -1,4 +1,4 @@
-"""page_statistics against a plain float64 loop, and what must not leak into it."""
+"""Page statistics and scatter against plain float64 loops, and what must not leak into them."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wavekv.index import PageStatistics, page_statistics
+from wavekv.index import PageStatistics, page_scatter, page_statistics
 
 
 def make(seed: int, R: int, N: int, P: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,3 +120,48 @@ def test_counts_must_be_integers() -> None:
     x = torch.zeros(1, 1, 2, 2)
     with pytest.raises(ValueError, match=r"got torch.float32"):
         page_statistics(x, x, torch.ones(1, 1))
+
+
+@given(
+    R=st.integers(1, 3),
+    N=st.integers(0, 4),
+    P=st.integers(1, 9),
+    D=st.integers(1, 6),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+    poison=st.sampled_from((float("nan"), float("inf"), 1e4)),
+    seed=st.integers(0, 2**16),
+)
+def test_scatter_equals_a_loop_whatever_lies_beyond_the_count(
+    R: int, N: int, P: int, D: int, dtype: torch.dtype, poison: float, seed: int
+) -> None:
+    keys, values, counts = (
+        x.to(dtype) if x.is_floating_point() else x for x in make(seed, R, N, P, D)
+    )
+    expected = np.zeros((R, 2, D, D))
+    for r in range(R):
+        for c in range(N):
+            k, v = (x[r, c, : int(counts[r, c])].double().numpy() for x in (keys, values))
+            if len(k):
+                k, v = k - k.mean(0), v - v.mean(0)
+                expected[r] += k.T @ k, k.T @ v
+    beyond = (torch.arange(P) >= counts.unsqueeze(-1)).unsqueeze(-1)
+    poisoned = (x.masked_fill(beyond, poison) for x in (keys, values))
+    got = page_scatter(*poisoned, counts)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scatter_of_disjoint_pages_adds_up() -> None:
+    keys, values, counts = make(3, 2, 6, 8, 4)
+    whole = page_scatter(keys, values, counts)
+    parts = [
+        page_scatter(keys[:, a:b], values[:, a:b], counts[:, a:b]) for a, b in ((0, 2), (2, 6))
+    ]
+    torch.testing.assert_close(parts[0] + parts[1], whole, rtol=1e-5, atol=1e-5)
+    assert (whole[:, 0].diagonal(dim1=1, dim2=2) > 0).all()
+
+
+def test_scatter_does_not_see_where_a_page_lies() -> None:
+    keys, values, counts = make(4, 1, 3, 8, 4)
+    moved = page_scatter(keys + 100 * torch.randn(1, 3, 1, 4), values - 7, counts)
+    torch.testing.assert_close(moved, page_scatter(keys, values, counts), rtol=1e-3, atol=1e-2)

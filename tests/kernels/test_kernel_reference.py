@@ -43,22 +43,27 @@ def test_score(softcap: float | None, moments: int) -> None:
     variance = 3 * torch.rand(B, HKV, N, D)
     counts = torch.randint(0, 5, (B, HKV, N), dtype=torch.int32)
     spread = variance if moments == 2 else None
-    log_mass = reference.score(query, mean, spread, counts, scale=0.7, softcap=softcap)
+    log_mass, shift = reference.score(query, mean, spread, counts, scale=0.7, softcap=softcap)
     for b, h, g in HEADS:
         for n in range(N):
             count = int(counts[b, h, n])
             actual = float(log_mass[b, h * G + g, n])
             if count == 0:
                 assert actual == -math.inf
+                assert shift[b, h * G + g, n] == 0
                 continue
             raw = 0.7 * dot(query[b, h * G + g], mean[b, h, n])
             s2 = 0.49 * dot(query[b, h * G + g] ** 2, variance[b, h, n]) * (moments == 2)
+            rise = s2
             if softcap is not None:
-                s2 *= (1 - math.tanh(raw / softcap) ** 2) ** 2
+                bend_slope = 1 - math.tanh(raw / softcap) ** 2
+                rise, s2 = bend_slope * s2, bend_slope**2 * s2
             log_n = math.log(count)
             correction = s2 / 2 if s2 <= 2 * log_n else math.sqrt(2 * log_n * s2) - log_n
             expected = log_n + bend(raw, softcap) + correction
             assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
+            rise *= 1 if s2 <= 2 * log_n else math.sqrt(2 * log_n / s2)
+            assert shift[b, h * G + g, n] == pytest.approx(rise, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("top_p", [None, 0.4, 0.9])

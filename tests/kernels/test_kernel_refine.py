@@ -59,37 +59,46 @@ def test_refine_equals_reference(
     rng = torch.Generator().manual_seed(seed)
     batch, kv_heads, num_pages, width = shape
     query = torch.randn(batch, kv_heads * group, width, generator=rng)
-    log_mass = torch.randn(batch, kv_heads * group, num_pages, generator=rng)
+    log_mass, shift = torch.randn(2, batch, kv_heads * group, num_pages, generator=rng)
     order = torch.rand(batch, kv_heads, num_pages, generator=rng).argsort(-1)
     candidates = order[..., :num_candidates].clone()
     candidates[..., num_candidates // 2 :] = -1
     names = ("mean", "codes", "code_scale", "counts")
-    arguments = query, log_mass, *(pages[name] for name in names), candidates
+    arguments = query, log_mass, shift, *(pages[name] for name in names), candidates
     results = []
     for backend in ("numba", "torch"):
         with use_backend(backend):
             results.append(refine(*arguments, scale=0.3, softcap=softcap))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     is_candidate = torch.zeros(batch, kv_heads, num_pages + 1, dtype=torch.bool)
     is_candidate.scatter_(2, candidates.masked_fill(candidates < 0, num_pages), True)
     others = ~is_candidate[..., :num_pages].repeat_interleave(group, 1)
-    assert torch.equal(results[0][others], log_mass[others])
+    for got, before in zip(results[0], (log_mass, shift), strict=True):
+        assert torch.equal(got[others], before[others])
 
 
 def test_refine_is_close_to_the_mass_of_the_exact_keys() -> None:
     pages = make_pages(0, (1, 2, 40, 64), 8, torch.float32)
     query = torch.randn(1, 4, 64)
     logits = torch.einsum("bhgd,bhnpd->bhgnp", query.reshape(1, 2, 2, 64), pages["keys"]) * 0.125
-    live = torch.arange(8) < pages["counts"][..., None]
-    truth = logits.masked_fill(~live[:, :, None], -torch.inf).logsumexp(-1).flatten(1, 2)
+    live = (torch.arange(8) < pages["counts"][..., None])[:, :, None]
+    truth = logits.masked_fill(~live, -torch.inf).logsumexp(-1).flatten(1, 2)
+    weights = logits.masked_fill(~live, -torch.inf).softmax(-1).nan_to_num()
+    plain = live / pages["counts"].clamp(min=1)[:, :, None, :, None]
+    rise = ((weights - plain) * logits).sum(-1).flatten(1, 2)
     everything = torch.arange(40).expand(1, 2, 40).contiguous()
     names = ("mean", "codes", "code_scale", "counts")
     parts = [pages[name] for name in names]
-    refined = refine(query, torch.zeros(1, 4, 40), *parts, everything, scale=0.125)
+    nothing = torch.zeros(2, 1, 4, 40)
+    refined, shift = refine(query, *nothing, *parts, everything, scale=0.125)
     held = truth > -torch.inf
     assert torch.equal(refined > -torch.inf, held)
     assert (refined - truth)[held].abs().max() < 0.25
     assert (refined - truth)[held].square().mean().sqrt() < 0.06
+    assert (shift - rise).abs().max() < 0.25
+    assert (shift - rise).square().mean().sqrt() < 0.06
+    assert rise.square().mean().sqrt() > 0.5
 
 
 def test_refine_finds_a_key_that_its_page_hides() -> None:
@@ -103,11 +112,11 @@ def test_refine_finds_a_key_that_its_page_hides() -> None:
         mean = pages["keys"].mean(3)
         variance = pages["keys"].var(3, unbiased=False)
         made = encode_keys(pages["keys"][0], mean[0], counts[0], dtype=torch.float32)
-        log_mass = score(query, mean, variance, counts, scale=0.25)
+        log_mass, shift = score(query, mean, variance, counts, scale=0.25)
         found["means"] += 77 in select(log_mass, 1, max_pages=5)
         candidates = select(log_mass, 1, max_pages=256)
         parts = mean, made.codes[None], made.scale[None], counts
-        refined = refine(query, log_mass, *parts, candidates, scale=0.25)
+        refined, _ = refine(query, log_mass, shift, *parts, candidates, scale=0.25)
         found["codes"] += 77 in select(refined, 1, max_pages=5)
     assert found["codes"] >= 18
     assert found["means"] < found["codes"]
@@ -120,4 +129,4 @@ def test_wrong_shapes_are_named(name: str) -> None:
     pages[name] = pages[name][:, :1]
     arguments = [pages[key] for key in ("mean", "codes", "code_scale", "counts", "candidates")]
     with pytest.raises(ValueError, match=f"{name} must be"):
-        refine(torch.randn(1, 4, 8), torch.zeros(1, 4, 4), *arguments, scale=1.0)
+        refine(torch.randn(1, 4, 8), *torch.zeros(2, 1, 4, 4), *arguments, scale=1.0)

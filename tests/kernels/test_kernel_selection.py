@@ -60,9 +60,25 @@ def test_score_equals_reference(dims, seed, pages, dtype, first_moment, softcap,
         actual = score(*arguments, scale=scale, softcap=softcap)
     with use_backend("torch"):
         expected = score(*arguments, scale=scale, softcap=softcap)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for got, want in zip(actual, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     empty = (counts == 0).repeat_interleave(dims["group"], dim=1)
-    assert torch.equal(actual == -torch.inf, empty)
+    assert torch.equal(actual[0] == -torch.inf, empty)
+    assert (actual[1][empty] == 0).all()
+
+
+@pytest.mark.parametrize("spread", [0.3, 4.0])
+def test_shift_is_how_the_mass_grows_along_the_query(spread: float) -> None:
+    """The mean logit of a page, weighted by mass, is the derivative of its log mass by the scale of
+    the query; less the logit of the mean key it is the shift. Both sides of the freezing."""
+    query, mean = torch.randn(1, 4, 16), torch.randn(1, 1, 4, 16)
+    variance = spread * torch.rand(1, 1, 4, 16)
+    counts = torch.full((1, 1, 4), 8, dtype=torch.int32)
+    step = 1e-2
+    less, more = (score(query, mean, variance, counts, scale=1 + x)[0] for x in (-step, step))
+    shift = score(query, mean, variance, counts, scale=1.0)[1]
+    logit = query @ mean[0].mT
+    torch.testing.assert_close((more - less) / (2 * step) - logit, shift, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -72,8 +88,9 @@ def test_score_of_single_tokens_is_their_logit(softcap: float | None) -> None:
     logits = query @ mean[0].mT
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    log_mass = score(query, mean, torch.rand(1, 1, 5, 8), counts, scale=1.0, softcap=softcap)
+    log_mass, shift = score(query, mean, torch.rand(1, 1, 5, 8), counts, scale=1.0, softcap=softcap)
     torch.testing.assert_close(log_mass, logits)
+    assert (shift == 0).all()
 
 
 @pytest.mark.parametrize("softcap", [None, 20.0])
@@ -87,7 +104,7 @@ def test_second_moment_is_closer_to_the_truth_on_gaussian_pages(softcap: float |
         logits = softcap * torch.tanh(logits / softcap)
     truth = logits.logsumexp(-1)
     errors = [
-        (score(query, mean, var, counts, scale=1 / 8, softcap=softcap) - truth).abs().mean()
+        (score(query, mean, var, counts, scale=1 / 8, softcap=softcap)[0] - truth).abs().mean()
         for var in (None, variance)
     ]
     assert errors[1] < 0.5 * errors[0]
@@ -98,7 +115,7 @@ def test_correction_is_continuous_where_it_freezes() -> None:
     query = torch.ones(1, 1, 1)
     variance = torch.linspace(1.9 * log_n, 2.1 * log_n, 2001).view(1, 1, -1, 1)
     counts = torch.full((1, 1, 2001), 16, dtype=torch.int32)
-    log_mass = score(query, torch.zeros_like(variance), variance, counts, scale=1.0)[0, 0]
+    log_mass = score(query, torch.zeros_like(variance), variance, counts, scale=1.0)[0][0, 0]
     slope = log_mass.double().diff() / variance.double().flatten().diff()
     assert log_mass.diff().abs().max() < 1e-3
     assert slope.min() > 0.45
@@ -212,18 +229,27 @@ def test_pages_of_vanishing_mass_are_still_chosen_in_order(backend: str) -> None
         assert select(masses, 1, max_pages=3, top_p=0.5, min_pages=2).tolist() == [[[0, 1, -1]]]
 
 
-@given(dims=DIMS, seed=SEEDS, pages=PAGES, dtype=DTYPES, chosen=st.integers(0, 40))
-def test_estimate_equals_reference(dims, seed, pages, dtype, chosen) -> None:
+@given(
+    dims=DIMS, seed=SEEDS, pages=PAGES, dtype=DTYPES, chosen=st.integers(0, 40),
+    span_pages=st.sampled_from([None, 1, 8, 70, 1000]),
+)  # fmt: skip
+def test_estimate_equals_reference(dims, seed, pages, dtype, chosen, span_pages) -> None:
     shape = (dims["batch"], dims["kv_heads"], pages, dims["width"])
     *_, value_mean, counts = make_statistics(seed, shape, dtype)
     masses = make_masses(seed, shape[0], shape[1] * dims["group"], pages, None)
     empty = (counts == 0).repeat_interleave(dims["group"], dim=1)
     masses = masses.masked_fill(empty, -torch.inf)
-    selected = select(masses, shape[1], max_pages=chosen).flip(-1)
+    arguments: list = [masses, value_mean, select(masses, shape[1], max_pages=chosen).flip(-1)]
+    options = {}
+    if span_pages is not None:
+        rng = torch.Generator().manual_seed(seed)
+        spans, options = -(-pages // span_pages), {"span_pages": span_pages}
+        arguments.append(torch.randn(masses.shape, generator=rng))
+        arguments.append(torch.randn(*masses.shape[:2], spans, shape[3], generator=rng))
     with use_backend("numba"):
-        actual = estimate(masses, value_mean, selected)
+        actual = estimate(*arguments, **options)
     with use_backend("torch"):
-        expected = estimate(masses, value_mean, selected)
+        expected = estimate(*arguments, **options)
     for got, want in zip(actual, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
 
@@ -245,7 +271,7 @@ def test_pages_without_variance_are_estimated_exactly(backend: str, max_pages: i
     query = torch.randn(1, 6, 16)
     keys, values, chunk, ids, counts = make_context(40, 3, spread=0.0)
     with use_backend(backend):
-        log_mass = score(query, keys.mean(3), keys.var(3, correction=0), counts, scale=0.25)
+        log_mass, _ = score(query, keys.mean(3), keys.var(3, correction=0), counts, scale=0.25)
         chosen = select(log_mass, 2, max_pages=max_pages)
         page_ids = ids.gather(2, chosen)
         exact = attend_pages(query, [chunk], page_ids, counts[..., :max_pages], scale=0.25)
@@ -259,7 +285,7 @@ def test_all_pages_selected_leaves_nothing_to_estimate(backend: str) -> None:
     query = torch.randn(1, 6, 16)
     keys, values, chunk, ids, counts = make_context(9, 4, spread=1.0)
     with use_backend(backend):
-        log_mass = score(query, keys.mean(3), None, counts, scale=0.25)
+        log_mass, _ = score(query, keys.mean(3), None, counts, scale=0.25)
         chosen = select(log_mass, 2, max_pages=9)
         out, lse = estimate(log_mass, values.mean(3), chosen)
         exact = attend_pages(query, [chunk], ids.gather(2, chosen), counts, scale=0.25)

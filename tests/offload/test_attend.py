@@ -84,14 +84,20 @@ def test_half_precision_is_close_to_full_attention(device, dtype, count, softcap
 @pytest.mark.parametrize("mode", ["retrieval", "exact"])
 @pytest.mark.parametrize("count", [1, 6])
 def test_the_order_of_pages_does_not_matter(device, tail: str, mode: str, count: int) -> None:
-    tokens = padded(2, 2, 150, [0, 40])
+    tokens = padded(2, 2, 170, [0, 40])
     context = new_context(tokens, device, mode=mode, budget=12, tail_estimate=tail)
-    prefill(context, tokens.between(0, 150 - count))
+    prefill(context, tokens.between(0, 170 - count))
     shuffled = context.fork(context.runtime)
-    order = torch.randperm(shuffled.paged.num_pages)
+    # anywhere within their span, and the two whole spans trade places
+    size = shuffled.paged.scatter.span_pages
+    assert 2 * size < shuffled.paged.num_pages < 3 * size
+    order = torch.cat([a + torch.randperm(size) for a in (size, 0)])
+    order = torch.cat([order, 2 * size + torch.randperm(shuffled.paged.num_pages - 2 * size)])
+    spans = shuffled.paged.scatter.spans.view
+    spans.copy_(spans[:, :, [1, 0, 2]])
     for part in shuffled.paged._parts():
         part.view.copy_(part.view[:, :, order.to(part.view.device)])
-    new = tokens.between(150 - count, 150)
+    new = tokens.between(170 - count, 170)
     outs = []
     for one in (context, shuffled):
         torch.manual_seed(1)
@@ -150,6 +156,32 @@ def test_a_better_tail_estimate_has_a_smaller_error(long_context, budget: int | 
     )
     assert second < 0.9 * first
     assert first < 0.7 * none
+
+
+@pytest.mark.parametrize("budget", [8, 0.05])
+def test_values_that_go_with_keys_are_estimated_better(device, budget: int | float) -> None:
+    """Half of what values differ by within a page is linear in the keys, another map in each half
+    of the text: the second moment knows, also of generated tokens and after a crop."""
+    tokens = clustered(2048, 16)
+    maps = torch.randn(2, 1, 2, 16, 16) / 4
+    halves = zip(tokens.keys.split(1024, 2), maps, strict=True)
+    tokens.values = torch.cat([keys @ each for keys, each in halves], 2) + 0.3 * tokens.values
+    context = new_context(tokens, device, segment=1024, append_segment=64, page_size=8)
+    prefill(context, tokens.between(0, 1200))
+    for start in range(1200, 2048, 53):
+        feed(context, tokens.between(start, min(start + 53, 2048)))
+    context.settle()
+
+    def assert_better(seen: Tokens) -> None:
+        first, second = (
+            mean_error(context, seen, budget=budget, tail_estimate=tail)
+            for tail in ("first", "second")
+        )
+        assert second < 0.7 * first
+
+    assert_better(tokens)
+    context.truncate(1500)
+    assert_better(tokens.between(0, 1500))
 
 
 @pytest.mark.parametrize("budget", [8, 0.05])

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wavekv.index import page_scatter
 from wavekv.kvstore import HostArena, KVLayout, MemoryBudget
 from wavekv.offload.builder import PageBuilder, build_segment
+from wavekv.offload.paged import SegmentPages
 
 
 def make_arena(device: torch.device, dtype: torch.dtype = torch.float32) -> HostArena:
@@ -25,12 +27,13 @@ def make_arena(device: torch.device, dtype: torch.dtype = torch.float32) -> Host
     heads=st.integers(1, 3),
     k=st.integers(0, 4),
     start=st.sampled_from([0, 64, 10_000]),
+    first_page=st.sampled_from([0, 3, 16]),
     masked=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 999),
 )
 def test_a_segment_holds_each_valid_token_with_its_key_and_value(
-    device, batch, heads, k, start, masked, dtype, seed
+    device, batch, heads, k, start, first_page, masked, dtype, seed
 ) -> None:
     torch.manual_seed(seed)
     S = 4 << k
@@ -41,7 +44,8 @@ def test_a_segment_holds_each_valid_token_with_its_key_and_value(
 
     def build():
         mask = None if valid is None else valid.to(device)
-        return build_segment(keys, values, mask, start=start, arena=arena, page_ids=ids)
+        places = {"start": start, "page_ids": ids, "first_page": first_page, "span_pages": 4}
+        return build_segment(keys, values, mask, arena=arena, **places)
 
     built = PageBuilder().submit(device, build).result()
     assert (built.start, built.length) == (start, S)
@@ -58,6 +62,21 @@ def test_a_segment_holds_each_valid_token_with_its_key_and_value(
             assert torch.equal(pages[b, h, :, 0][held], keys[b, h].cpu()[own])
             assert torch.equal(pages[b, h, :, 1][held], values[b, h].cpu()[own])
             assert pages[b, h].isfinite().all()
+    assert_scatter(built, pages, first_page)
+
+
+def assert_scatter(built: SegmentPages, pages: torch.Tensor, first_page: int) -> None:
+    """Each span touched has the scatter of its own pages (4 pages a span)."""
+    B, H, N = built.page_ids.shape
+    span = torch.arange(first_page, first_page + N) // 4
+    assert built.scatter.shape[2] == len(span.unique())
+    for number, at in enumerate(span.unique()):
+        rows = pages[:, :, span == at].flatten(0, 1)
+        counts = built.counts[:, :, span == at].flatten(0, 1)
+        expected = page_scatter(rows[:, :, 0], rows[:, :, 1], counts).unflatten(0, (B, H))
+        torch.testing.assert_close(
+            built.scatter[:, :, number].cpu(), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_builds_run_in_order_without_gradients(device: torch.device) -> None:

@@ -21,7 +21,9 @@ from hypothesis.stateful import (
 from offload_cases import D, Tokens, feed, new_context, plain_attention
 from torch import Tensor
 
+from wavekv.index import page_scatter
 from wavekv.offload import LayerContext
+from wavekv.offload.paged import PagedZone
 
 HEADS = 2
 NEVER = 10**6  # padding that long is a row without any token
@@ -234,6 +236,22 @@ def check_pages(context: LayerContext) -> None:
         rows = rows.reshape(B, H, paged.num_pages, P, D).masked_fill(~held[..., None], 0.0)
         mean = rows.sum(3) / counts[..., None].clamp_min(1)
         torch.testing.assert_close(found.view.cpu(), mean, rtol=1e-5, atol=1e-5)
+    check_scatter(paged, keys, values)
+
+
+def check_scatter(paged: PagedZone, keys: Tensor, values: Tensor) -> None:
+    """Each span has the scatter of its own pages."""
+    B, H, N = paged.counts.view.shape
+    P = paged.arena.layout.page_size
+    keys, values = (x.reshape(B * H, N, P, D) for x in (keys, values))
+    counts, size = paged.counts.view.reshape(B * H, N), paged.scatter.span_pages
+    spans = paged.scatter.spans.view.cpu()
+    assert spans.shape == (B, H, -(-N // size), 2, D, D)
+    for number in range(spans.shape[2]):
+        part = slice(number * size, (number + 1) * size)
+        expected = page_scatter(keys[:, part], values[:, part], counts[:, part])
+        found = spans[:, :, number].reshape(B * H, 2, D, D)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_zones_hold_every_token_once(device: torch.device) -> None:

@@ -3,7 +3,7 @@
 from wavekv.index.clustering import balanced_pages
 from wavekv.index.codes import KeyCodes, encode_keys
 from wavekv.index.measures import attention_recall, relative_error
-from wavekv.index.statistics import PageStatistics, page_statistics
+from wavekv.index.statistics import PageStatistics, page_scatter, page_statistics
 
 __all__ = [
     "KeyCodes",
@@ -11,6 +11,7 @@ __all__ = [
     "attention_recall",
     "balanced_pages",
     "encode_keys",
+    "page_scatter",
     "page_statistics",
     "relative_error",
 ]

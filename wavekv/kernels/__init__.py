@@ -12,6 +12,7 @@ from wavekv.kernels.dispatch import (
     score,
     select,
     use_backend,
+    value_slope,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "score",
     "select",
     "use_backend",
+    "value_slope",
 ]

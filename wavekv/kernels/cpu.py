@@ -55,24 +55,25 @@ def score(
     *,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = mean.shape
     query = _float32(query)
-    log_mass = torch.empty(batch, query.shape[1], pages)
+    log_mass, shift = torch.empty(2, batch, query.shape[1], pages)
     _launch(
         cpu_score.score,
         batch * kv_heads * pages,
         *(batch, kv_heads, _splits(batch * kv_heads, pages), query.shape[1] // kv_heads),
         *(width, pages, query.data_ptr(), _view(mean)),
         *(_NO_VIEW if variance is None else _view(variance), _view(counts)),
-        *(np.float32(scale), np.float32(softcap or 0.0), log_mass.data_ptr()),
+        *(np.float32(scale), np.float32(softcap or 0.0), log_mass.data_ptr(), shift.data_ptr()),
     )
-    return log_mass
+    return log_mass, shift
 
 
 def refine(
     query: Tensor,
     log_mass: Tensor,
+    shift: Tensor,
     mean: Tensor,
     codes: Tensor,
     code_scale: Tensor,
@@ -81,11 +82,11 @@ def refine(
     *,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = mean.shape
     page_size, num_candidates = codes.shape[3], candidates.shape[2]
     query, candidates = _float32(query), candidates.contiguous()
-    refined = log_mass.float().clone(memory_format=torch.contiguous_format)
+    refined, shifted = torch.stack([log_mass.float(), shift.float()])
     _launch(
         cpu_refine.refine,
         batch * kv_heads * num_candidates * page_size,
@@ -93,9 +94,9 @@ def refine(
         *(query.shape[1] // kv_heads, width, page_size, pages, num_candidates, query.data_ptr()),
         *(_view(mean), _view(codes), _view(code_scale), _view(counts)),
         *(candidates.data_ptr(), np.float32(scale), np.float32(softcap or 0.0)),
-        refined.data_ptr(),
+        *(refined.data_ptr(), shifted.data_ptr()),
     )
-    return refined
+    return refined, shifted
 
 
 def select(
@@ -173,9 +174,19 @@ def attend_dense(
     return out, lse
 
 
-def estimate(log_mass: Tensor, value_mean: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+def estimate(
+    log_mass: Tensor,
+    value_mean: Tensor,
+    selected: Tensor,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    *,
+    span_pages: int = 1,
+) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = value_mean.shape
     log_mass, selected = _float32(log_mass), selected.contiguous()
+    # named, so that they live as long as the kernel reads at their addresses
+    lean = () if shift is None or slope is None else (_float32(shift), slope.contiguous())
     heads = log_mass.shape[1]
     out, lse = torch.empty(batch, heads, width), torch.empty(batch, heads)
     _launch(
@@ -183,7 +194,8 @@ def estimate(log_mass: Tensor, value_mean: Tensor, selected: Tensor) -> tuple[Te
         batch * kv_heads * pages,
         *(batch, kv_heads, _splits(batch * kv_heads, pages), heads // kv_heads, width, pages),
         *(log_mass.data_ptr(), _view(value_mean), selected.data_ptr(), selected.shape[2]),
-        *(out.data_ptr(), lse.data_ptr()),
+        *(tuple(tensor.data_ptr() for tensor in lean) or (0, 0)),
+        *(span_pages, out.data_ptr(), lse.data_ptr()),
     )
     return out, lse
 

@@ -12,22 +12,41 @@ from wavekv.kernels.cpu_state import BLOCK, UNROLL, absorb, join_splits
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _add_drift(weights: Any, shifts: Any, n: int, slope: Any, acc: Any) -> None:
+    """acc [G, D] += (weights . shifts) [G, :n] times the span's slope [G, D]."""
+    group, width = acc.shape
+    for g in range(group):
+        drift = np.float32(0.0)
+        for t in range(n):
+            drift += weights[g, t] * shifts[g, t]
+        for d in range(width):
+            acc[g, d] += drift * slope[g, d]
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _weigh_pages(
     log_mass: Any,
     value: int,
     value_stride: int,
     dtype: int,
     selected: Any,
+    shift: Any,
+    slope: Any,
+    span_pages: int,
     first: int,
     peak: Any,
     total: Any,
     acc: Any,
 ) -> None:
-    """Add the unselected pages of log_mass [G, n] to the state; its column 0 is page `first`."""
+    """Add the unselected pages of log_mass [G, n] to the state; its column 0 is page `first`.
+
+    shift: [G, n]. slope: [G, S, D] of all spans; an empty one means none, and shift is not read.
+    """
     group, width = acc.shape
     pages = log_mass.shape[1]
     values = np.empty(BLOCK, np.int64)
     logits = np.empty((group, BLOCK), np.float32)
+    shifts = np.empty((group, BLOCK), np.float32)
     scratch = np.empty((UNROLL, width), np.float32)
     taken = np.zeros(pages, np.bool_)
     for m in range(selected.size):
@@ -39,12 +58,18 @@ def _weigh_pages(
         for g in range(group):
             live |= log_mass[g, n] > NEG_INF
             logits[g, filled] = log_mass[g, n] * LOG2_E
+            if slope.size > 0:
+                shifts[g, filled] = shift[g, n]
         # An empty page's value mean may be NaN: it must not be read.
         if live and not taken[n]:
             values[filled] = value + n * value_stride
             filled += 1
-        if filled == BLOCK or (n == pages - 1 and filled > 0):
+        # a block lies within one span
+        ends = n == pages - 1 or (slope.size > 0 and (first + n + 1) % span_pages == 0)
+        if filled == BLOCK or (ends and filled > 0):
             absorb(logits, values, filled, dtype, peak, total, acc, scratch)
+            if slope.size > 0:
+                _add_drift(logits, shifts, filled, slope[:, (first + n) // span_pages], acc)
             filled = 0
 
 
@@ -60,15 +85,21 @@ def estimate(
     value_mean: Any,
     selected: int,
     num_selected: int,
+    shift: int,
+    slope: int,
+    span_pages: int,
     out: int,
     lse: int,
 ) -> None:
     """The state over the pages of the view value_mean that are not in selected [B, Hkv, M].
 
-    log_mass, selected, out and lse are addresses.
+    log_mass, selected, shift, slope (both may be 0), out and lse are addresses.
     """
     tasks = batch * kv_heads * splits
     masses = carray(float32_at(log_mass), (batch * kv_heads, group, pages))
+    shifts = carray(float32_at(shift), (batch * kv_heads, group, pages if slope else 0))
+    spans = (pages + span_pages - 1) // span_pages if slope else 0
+    slopes = carray(float32_at(slope), (batch * kv_heads, group, spans, width))
     peak = np.full((tasks, group), NEG_INF, np.float32)
     total = np.zeros((tasks, group), np.float32)
     acc = np.zeros((tasks, group, width), np.float32)
@@ -82,6 +113,9 @@ def estimate(
             value_mean[4],
             value_mean[1],
             carray(int64_at(selected + head * num_selected * 8), (num_selected,)),
+            shifts[head, :, first:last],
+            slopes[head],
+            span_pages,
             first,
             peak[task],
             total[task],

@@ -1,4 +1,4 @@
-"""The mass of candidate pages from quantised keys (numba)."""
+"""The mass and shift of candidate pages from quantised keys (numba)."""
 
 # mypy: disallow-untyped-decorators=False
 from typing import Any
@@ -26,14 +26,20 @@ from wavekv.kernels.cpu_state import scaled_query
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _log_sum_exp(logits: Any) -> Any:
+def _mass_and_shift(logits: Any, offsets: Any) -> Any:
+    """The log of the sum of exp(logits), and the offsets' mean by those weights less their plain
+    mean. All [count]."""
     peak = NEG_INF
     for x in logits:
         peak = max(peak, x)
-    total = np.float32(0.0)
-    for x in logits:
-        total += exp2((x - peak) * LOG2_E)
-    return peak + np.log2(total) * LN_2
+    total, weighted, plain = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for p in range(logits.size):
+        w = exp2((logits[p] - peak) * LOG2_E)
+        total += w
+        weighted += w * offsets[p]
+        plain += offsets[p]
+    shift = weighted / total - plain / np.float32(logits.size)
+    return peak + np.log2(total) * LN_2, shift
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -45,9 +51,11 @@ def _refine_page(
     count: int,
     softcap: Any,
     logits: Any,
+    offsets: Any,
     row: Any,
 ) -> None:
-    """logits [G, P]: of the first `count` tokens of one page. row [D]: scratch."""
+    """Of the first `count` tokens of one page: logits [G, P], and offsets [G, P] of the logits from
+    that of the mean, before the soft cap. row [D]: scratch."""
     group, width = query.shape
     half = width // 2
     for g in range(group):
@@ -65,7 +73,8 @@ def _refine_page(
             x = np.float32(0.0)
             for d in range(width):
                 x += query[g, d] * row[d]
-            x = logits[g, p] + code_scale[p] * x
+            offsets[g, p] = code_scale[p] * x
+            x = logits[g, p] + offsets[g, p]
             if softcap > np.float32(0.0):
                 x = softcap * tanh(x / softcap)
             logits[g, p] = x
@@ -90,10 +99,12 @@ def refine(
     scale: Any,
     softcap: Any,
     log_mass: int,
+    shift: int,
 ) -> None:
-    """Overwrite log_mass [B, Hq, N] at the candidates [B, Hkv, C] (-1: none). Addresses and views;
-    codes is a view of bytes."""
-    out = carray(float32_at(log_mass), (batch * kv_heads, group, pages))
+    """Overwrite log_mass and shift [B, Hq, N] at the candidates [B, Hkv, C] (-1: none). Addresses
+    and views; codes is a view of bytes."""
+    masses = carray(float32_at(log_mass), (batch * kv_heads, group, pages))
+    shifts = carray(float32_at(shift), (batch * kv_heads, group, pages))
     chosen = carray(int64_at(candidates), (batch * kv_heads, num_candidates))
     for index in prange(batch * kv_heads * splits):
         task: Any = np.int64(index)
@@ -101,6 +112,7 @@ def refine(
         b, h = head // kv_heads, head % kv_heads
         q = scaled_query(query + head * group * width * 4, group, width, scale)
         logits = np.empty((group, page_size), np.float32)
+        offsets = np.empty((group, page_size), np.float32)
         scratch = np.empty((3, max(width, page_size)), np.float32)
         buffer, stride = scratch.ctypes.data, 4 * scratch.shape[1]
         first, last = split * num_candidates // splits, (split + 1) * num_candidates // splits
@@ -110,11 +122,14 @@ def refine(
                 continue
             count = carray(int32_at(offset(counts, b, h, n)), (1,))[0]
             if count <= 0:
-                out[head, :, n] = NEG_INF
+                masses[head, :, n] = NEG_INF
+                shifts[head, :, n] = np.float32(0.0)
                 continue
             mu = row_at(offset(mean, b, h, n), mean[1], width, buffer)
             steps = row_at(offset(code_scale, b, h, n), code_scale[1], page_size, buffer + stride)
             at = offset(codes, b, h, n)
-            _refine_page(q, mu, at, steps, count, softcap, logits, scratch[2])
+            _refine_page(q, mu, at, steps, count, softcap, logits, offsets, scratch[2])
             for g in range(group):
-                out[head, g, n] = _log_sum_exp(logits[g, :count])
+                mass, rise = _mass_and_shift(logits[g, :count], offsets[g, :count])
+                masses[head, g, n] = mass
+                shifts[head, g, n] = rise

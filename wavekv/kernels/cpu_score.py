@@ -1,4 +1,4 @@
-"""The estimated mass of every page, from its statistics (numba)."""
+"""The estimated mass and shift of every page, from its statistics (numba)."""
 
 # mypy: disallow-untyped-decorators=False
 from typing import Any
@@ -32,8 +32,9 @@ def _score_pages(
     softcap: Any,
     scratch: Any,
     log_mass: Any,
+    shift: Any,
 ) -> None:
-    """log_mass [G, n] of the n pages from `first` on of KV head (b, h)."""
+    """log_mass, shift [G, n] of the n pages from `first` on of KV head (b, h)."""
     group, width = query.shape
     squared = query * query
     buffer = scratch.ctypes.data
@@ -42,6 +43,7 @@ def _score_pages(
         count = carray(int32_at(offset(counts, b, h, first + n)), (1,))[0]
         if count <= 0:
             log_mass[:, n] = NEG_INF
+            shift[:, n] = np.float32(0.0)
             continue
         if count != last_count:  # nearly all pages are full: one logarithm serves them all
             last_count, log_count = count, np.log(np.float32(count))
@@ -59,17 +61,21 @@ def _score_pages(
                 bent = tanh(x / softcap)
                 x = softcap * bent
                 slope = np.float32(1.0) - bent * bent
+            rise = np.float32(0.0)
             if variance[0] != 0:
                 q = squared[g]
-                spread = np.float32(0.0)
+                bare = np.float32(0.0)
                 for d in range(width):
-                    spread += q[d] * var[d]
-                spread *= slope * slope
+                    bare += q[d] * var[d]
+                spread = bare * slope * slope
+                rise = bare * slope
                 if spread <= np.float32(2.0) * log_count:
                     x += np.float32(0.5) * spread
                 else:
                     x += np.sqrt(np.float32(2.0) * log_count * spread) - log_count
+                    rise *= np.sqrt(np.float32(2.0) * log_count / spread)
             log_mass[g, n] = log_count + x
+            shift[g, n] = rise
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())
@@ -87,12 +93,14 @@ def score(
     scale: Any,
     softcap: Any,
     log_mass: int,
+    shift: int,
 ) -> None:
-    """Write log_mass [B, Hq, N] from the views mean, variance (address 0: none) and counts.
+    """Write log_mass and shift [B, Hq, N] from the views mean, variance (address 0: none), counts.
 
-    query and log_mass are addresses.
+    query, log_mass and shift are addresses.
     """
-    out = carray(float32_at(log_mass), (batch * kv_heads, group, pages))
+    masses = carray(float32_at(log_mass), (batch * kv_heads, group, pages))
+    shifts = carray(float32_at(shift), (batch * kv_heads, group, pages))
     for index in prange(batch * kv_heads * splits):
         task: Any = np.int64(index)  # prange counts unsigned, which would mix into floats
         head, split = task // splits, task % splits
@@ -107,5 +115,6 @@ def score(
             counts,
             softcap,
             np.empty((2, width), np.float32),
-            out[head, :, first:last],
+            masses[head, :, first:last],
+            shifts[head, :, first:last],
         )

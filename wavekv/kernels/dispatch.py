@@ -48,7 +48,7 @@ def score(
     *,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Estimate each page's softmax mass from its statistics: log of the sum of exp(logit).
 
     A page of n keys has log mass log n + x + c. x is the logit of the mean key, soft-capped where
@@ -59,12 +59,16 @@ def score(
     2613, 1981). The branches meet with one slope, and a page of one key has c = 0. Without variance
     c = 0, which is the estimate of RetroInfer (VLDB 19(5), section 4.2).
 
+    The shift of a page is how far the mean logit of its keys, before any soft cap, lies higher when
+    they are weighted by their mass: s2 for Gaussian keys (in general the gradient of c along the
+    query, so less where c is frozen), 0 without variance. `estimate` needs it for the values.
+
     query: [B, Hq, D]. mean: [B, Hkv, N, D], of the keys. variance: the same shape, per dimension,
     or None. counts: [B, Hkv, N] int32, tokens in each page. The last three may be views with any
     strides (rows contiguous); they are read in place. scale multiplies the logits, then softcap
     bends them to softcap * tanh(logit / softcap).
-    Returns log_mass [B, Hq, N] float32, natural logarithm; -inf where counts is 0, whatever the
-    rest.
+    Returns log_mass and shift, both [B, Hq, N] float32. log_mass is a natural logarithm; where
+    counts is 0, they are -inf and 0, whatever the rest.
     """
     checks.expect_stored("mean", mean)
     shape = tuple(mean.shape)
@@ -75,13 +79,14 @@ def score(
     checks.expect("counts", counts, shape[:3], torch.int32, like=mean)
     checks.expect_softcap(softcap)
     run = _backend(query, mean).score
-    log_mass: Tensor = run(query, mean, variance, counts, scale=scale, softcap=softcap)
-    return log_mass
+    scored: tuple[Tensor, Tensor] = run(query, mean, variance, counts, scale=scale, softcap=softcap)
+    return scored
 
 
 def refine(
     query: Tensor,
     log_mass: Tensor,
+    shift: Tensor,
     mean: Tensor,
     codes: Tensor,
     code_scale: Tensor,
@@ -90,17 +95,17 @@ def refine(
     *,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
-    """Replace the estimated mass of candidate pages by what their quantised keys give.
+) -> tuple[Tensor, Tensor]:
+    """Replace the estimated mass and shift of candidate pages by what their quantised keys give.
 
     A mean hides a single key that fits the query among others that do not; codes of each key show
     it. Key p of a page is mean + code_scale[p] * (code - 8), with codes in 0..15.
 
-    query: [B, Hq, D]. log_mass: [B, Hq, N] as from `score`. mean: [B, Hkv, N, D]. codes:
+    query: [B, Hq, D]. log_mass, shift: [B, Hq, N] as from `score`. mean: [B, Hkv, N, D]. codes:
     [B, Hkv, N, P, D / 2] uint8, contiguous from P on: byte d holds dimension d in its low and
     d + D / 2 in its high four bits. code_scale: [B, Hkv, N, P]. counts: [B, Hkv, N] int32, tokens
     in each page. candidates: [B, Hkv, C] int64 pages in any order, none twice, -1 for nothing.
-    Returns log_mass [B, Hq, N] float32, new; only candidates differ.
+    Returns log_mass and shift, both [B, Hq, N] float32 and new; only candidates differ.
     """
     checks.expect_stored("mean", mean)
     shape = tuple(mean.shape)
@@ -111,6 +116,7 @@ def refine(
         )
     checks.expect_heads("query", query, shape[0], shape[1], shape[3])
     checks.expect_heads("log_mass", log_mass, shape[0], shape[1], shape[2])
+    checks.expect_heads("shift", shift, shape[0], shape[1], shape[2])
     page_size = codes.shape[3]
     checks.expect("codes", codes, (*shape[:3], page_size, shape[3] // 2), torch.uint8, like=mean)
     checks.expect("code_scale", code_scale, (*shape[:3], page_size), *STORED_DTYPES, like=mean)
@@ -119,9 +125,10 @@ def refine(
     expected = (*shape[:2], candidates.shape[-1])
     checks.expect("candidates", candidates, expected, torch.int64, like=mean)
     checks.expect_softcap(softcap)
-    run = _backend(query, log_mass, mean).refine
-    refined: Tensor = run(
-        query, log_mass, mean, codes, code_scale, counts, candidates, scale=scale, softcap=softcap
+    pages = mean, codes, code_scale, counts, candidates
+    run = _backend(query, log_mass, shift, mean).refine
+    refined: tuple[Tensor, Tensor] = run(
+        query, log_mass, shift, *pages, scale=scale, softcap=softcap
     )
     return refined
 
@@ -224,24 +231,69 @@ def attend_dense(
     return state
 
 
-def estimate(log_mass: Tensor, value_mean: Tensor, selected: Tensor) -> State:
+def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
+    """How much values change with the logit of their keys, inside the pages of each span.
+
+    The least-squares fit of values (less the mean of their page) to one number, the logit of their
+    key (less that of the page's mean), over all tokens of a span: with the within-page scatters K
+    of keys and C of keys with values, C^T q / (q^T K q). A small ridge (0.1 % of the spread of an
+    average direction) keeps directions in which keys hardly vary from dividing by nothing. Torch on
+    every device: a few small matrix products.
+
+    query: [B, Hq, D]. scatter: [B, Hkv, S, 2, D, D] float32, K and C of each span (see
+    `wavekv.index.page_scatter`). scale multiplies the logits.
+    Returns slope [B, Hq, S, D] float32, a change of value per unit of logit.
+    """
+    if scatter.dim() != 6 or scatter.shape[3] != 2:
+        raise ValueError(f"scatter must be [B, Hkv, S, 2, D, D], got {tuple(scatter.shape)}")
+    batch, kv_heads, spans, _, width, _ = scatter.shape
+    checks.expect_heads("query", query, batch, kv_heads, width)
+    expected = (batch, kv_heads, spans, 2, width, width)
+    checks.expect("scatter", scatter, expected, torch.float32, like=query)
+    return reference.value_slope(query, scatter, scale=scale)
+
+
+def estimate(
+    log_mass: Tensor,
+    value_mean: Tensor,
+    selected: Tensor,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    *,
+    span_pages: int = 1,
+) -> State:
     """Estimate the attention over the pages that were not selected, from their statistics.
 
     A page stands for its tokens with its mean value, weighted by its estimated mass: the estimation
-    zone of RetroInfer (VLDB 19(5), section 4.2).
+    zone of RetroInfer (VLDB 19(5), section 4.2). With shift and slope its value is the mean plus
+    shift * slope: attention leans towards the keys of a page that fit the query, and their values
+    differ from the mean as values go with keys.
 
     log_mass: [B, Hq, N] as from `score`. value_mean: [B, Hkv, N, D], a view with any strides (rows
     contiguous). selected: [B, Hkv, M] int64 page indices below N in any order, -1 for nothing.
+    shift: [B, Hq, N] as from `score`. slope: [B, Hq, S, D] as from `value_slope`; page n belongs to
+    span n // span_pages, and the S spans hold all pages. Without slope, shift is not read.
     Returns the state: out [B, Hq, D], lse [B, Hq], float32.
     """
     checks.expect_stored("value_mean", value_mean)
     shape = tuple(value_mean.shape)
     checks.expect_heads("log_mass", log_mass, *shape[:3])
+    if slope is not None:
+        if shift is None or span_pages < 1:
+            raise ValueError(
+                f"a slope needs the shift of each page and span_pages >= 1, got shift {shift} and "
+                f"span_pages {span_pages}"
+            )
+        checks.expect_heads("shift", shift, *shape[:3])
+        spans = -(-shape[2] // span_pages)
+        wanted = (shape[0], log_mass.shape[1], spans, shape[3])
+        checks.expect("slope", slope, wanted, torch.float32, like=value_mean)
     if selected.dim() != 3:
         raise ValueError(f"selected must be [B, Hkv, M], got {tuple(selected.shape)}")
     expected = (*shape[:2], selected.shape[2])
     checks.expect("selected", selected, expected, torch.int64, like=value_mean)
-    state: State = _backend(log_mass, value_mean).estimate(log_mass, value_mean, selected)
+    run = _backend(log_mass, value_mean).estimate
+    state: State = run(log_mass, value_mean, selected, shift, slope, span_pages=span_pages)
     return state
 
 

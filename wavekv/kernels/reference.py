@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+VALUE_RIDGE = 1e-3
+"""Ridge of the fit of values to logits, as a share of the spread of an average direction."""
+
 
 def score(
     query: Tensor,
@@ -20,7 +23,7 @@ def score(
     *,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     # [B, Hkv, G, D]
     q = _by_group(query, mean.shape[1]) * scale
     x = q @ mean.float().mT
@@ -31,17 +34,25 @@ def score(
         slope = 1 - bent.square()
     # [B, Hkv, 1, N]
     log_count = counts.clamp(min=1).float().log().unsqueeze(2)
-    log_mass = log_count + x
+    log_mass, shift = log_count + x, torch.zeros_like(x)
     if variance is not None:
-        spread = (q.square() @ variance.float().mT) * slope.square()
+        bare = q.square() @ variance.float().mT
+        spread = bare * slope.square()
+        is_frozen = spread > 2 * log_count
         frozen = (2 * log_count * spread).sqrt() - log_count
-        log_mass = log_mass + torch.where(spread <= 2 * log_count, 0.5 * spread, frozen)
-    return log_mass.masked_fill((counts <= 0).unsqueeze(2), -torch.inf).flatten(1, 2)
+        log_mass = log_mass + torch.where(is_frozen, frozen, 0.5 * spread)
+        shift = bare * slope * torch.where(is_frozen, (2 * log_count / spread).sqrt(), 1.0)
+    empty = (counts <= 0).unsqueeze(2)
+    return (
+        log_mass.masked_fill(empty, -torch.inf).flatten(1, 2),
+        shift.masked_fill(empty, 0.0).flatten(1, 2),
+    )
 
 
 def refine(
     query: Tensor,
     log_mass: Tensor,
+    shift: Tensor,
     mean: Tensor,
     codes: Tensor,
     code_scale: Tensor,
@@ -50,7 +61,7 @@ def refine(
     *,
     scale: float,
     softcap: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     Hkv, P = codes.shape[1], codes.shape[3]
     index = candidates.clamp(min=0)
 
@@ -62,17 +73,26 @@ def refine(
     # [B, Hkv, C, P, D]
     residual = torch.cat([packed & 15, packed >> 4], dim=-1).float() - 8
     residual = residual * of_candidates(code_scale).float().unsqueeze(-1)
-    keys = residual + of_candidates(mean).float().unsqueeze(3)
-    logits = torch.einsum("bhgd,bhcpd->bhgcp", _by_group(query, Hkv) * scale, keys)
+    q = _by_group(query, Hkv) * scale
+    # how far each key's logit lies from that of its page's mean
+    offset = torch.einsum("bhgd,bhcpd->bhgcp", q, residual)
+    logits = offset + torch.einsum("bhgd,bhcd->bhgc", q, of_candidates(mean).float()).unsqueeze(-1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    held = torch.arange(P, device=query.device) < of_candidates(counts).unsqueeze(-1)
-    refined = logits.masked_fill(~held.unsqueeze(2), -torch.inf).logsumexp(-1)
+    count = of_candidates(counts)
+    held = (torch.arange(P, device=query.device) < count.unsqueeze(-1)).unsqueeze(2)
+    logits = logits.masked_fill(~held, -torch.inf)
+    weights = logits.softmax(-1) - 1 / count.clamp(min=1)[:, :, None, :, None]
+    refined = logits.logsumexp(-1), (weights * offset).masked_fill(~held, 0.0).sum(-1)
     # -1 pads: a spare page takes what belongs to none
     pages = log_mass.shape[-1]
-    target = torch.cat([_by_group(log_mass, Hkv), refined.new_empty(*refined.shape[:3], 1)], -1)
-    slots = candidates.masked_fill(candidates < 0, pages).unsqueeze(2).expand_as(refined)
-    return target.scatter(3, slots, refined)[..., :pages].flatten(1, 2)
+    slots = candidates.masked_fill(candidates < 0, pages).unsqueeze(2).expand_as(refined[0])
+
+    def replaced(x: Tensor, by: Tensor) -> Tensor:
+        target = torch.cat([_by_group(x, Hkv), by.new_empty(*by.shape[:3], 1)], -1)
+        return target.scatter(3, slots, by)[..., :pages].flatten(1, 2)
+
+    return replaced(log_mass, refined[0]), replaced(shift, refined[1])
 
 
 def select(
@@ -137,15 +157,45 @@ def attend_dense(
     return _attend(query, keys.float(), values.float(), live, scale, softcap)
 
 
-def estimate(log_mass: Tensor, value_mean: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
+    Hkv, S, _, D, _ = scatter.shape[1:]
+    # [B, Hkv, 1, G, D]
+    q = _by_group(query, Hkv).unsqueeze(2) * scale
+    # both [B, Hkv, S, G, D]
+    key_part, value_part = (q.unsqueeze(3) @ scatter.float()).unbind(3)
+    spread = (key_part * q).sum(-1, keepdim=True)
+    trace = scatter[:, :, :, 0].diagonal(dim1=-2, dim2=-1).sum(-1)
+    ridge = VALUE_RIDGE / D * q.square().sum(-1, keepdim=True) * trace[..., None, None]
+    # a span of equal keys has no slope: 0 / tiny
+    slope = value_part / (spread + ridge).clamp_min(torch.finfo(torch.float32).tiny)
+    return slope.transpose(2, 3).reshape(-1, query.shape[1], S, D)
+
+
+def estimate(
+    log_mass: Tensor,
+    value_mean: Tensor,
+    selected: Tensor,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    *,
+    span_pages: int = 1,
+) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, _ = value_mean.shape
     # The column after the last page takes the -1 padding.
     taken = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=log_mass.device)
     taken.scatter_(2, selected.masked_fill(selected < 0, pages), True)
     # [B, Hkv, G, N]
     logits = _by_group(log_mass, kv_heads)
-    logits = logits.masked_fill(taken[..., :pages].unsqueeze(2), -torch.inf)
-    return _weigh(logits, value_mean.float())
+    logits = logits.masked_fill(taken[..., :pages].unsqueeze(2), -torch.inf).flatten(1, 2)
+    out, lse = _weigh(_by_group(logits, kv_heads), value_mean.float())
+    if shift is None or slope is None:
+        return out, lse
+    weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
+    spans = slope.shape[2]
+    drift = torch.nn.functional.pad(weights * shift.float(), (0, spans * span_pages - pages))
+    # [B, Hq, 1, S] of each span, times its slope
+    drift = drift.unflatten(-1, (spans, span_pages)).sum(-1).unsqueeze(2)
+    return out + (drift @ slope.float()).squeeze(2), lse
 
 
 def merge_state(

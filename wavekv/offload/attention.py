@@ -20,6 +20,7 @@ from wavekv.kernels import (
     refine,
     score,
     select,
+    value_slope,
 )
 from wavekv.kernels.block import attend_block
 from wavekv.offload.budget import page_limits
@@ -59,11 +60,15 @@ def attend_step(
         return state
     if config.mode == "exact":
         return merge_state(*state, *_attend_all_pages(query, paged, logits, counters))
-    log_mass, chosen = _choose(query, paged, page_limits(config, steady.end), logits, config)
+    log_mass, shift, chosen = _choose(query, paged, page_limits(config, steady.end), logits, config)
     counters.last_choice = StepChoice(log_mass, chosen)
     retrieved, num_retrieved = _attend_chosen(query, paged, chosen, logits, counters)
     state = merge_state(*state, *retrieved)
-    tail = estimate(log_mass, paged.value_mean.view, chosen)
+    scatter, slope = paged.scatter, None
+    if config.tail_estimate == "second":
+        slope = value_slope(query, scatter.spans.view, scale=scale)
+    value_mean = paged.value_mean.view
+    tail = estimate(log_mass, value_mean, chosen, shift, slope, span_pages=scatter.span_pages)
     total = merge_state(*state, *tail)
     counters.record_step(num_retrieved, steady.end, tail[1], total[1])
     return state if config.tail_estimate == "none" else total
@@ -100,19 +105,21 @@ def _choose(
     limits: tuple[int, int],
     logits: Logits,
     config: OffloadConfig,
-) -> tuple[Tensor, Tensor]:
-    """Log mass [B, Hq, N] of all pages and the pages to retrieve [B, Hkv, M] (-1 padded)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log mass and shift [B, Hq, N] of all pages, and the pages to retrieve [B, Hkv, M] (-1
+    padded)."""
     scale, softcap = logits.scale, logits.softcap
     mean, counts = paged.mean.view, paged.device_counts.view
     variance = paged.variance.view if config.tail_estimate == "second" else None
-    log_mass = score(query, mean, variance, counts, scale=scale, softcap=softcap)
+    log_mass, shift = score(query, mean, variance, counts, scale=scale, softcap=softcap)
     least, most = limits
     heads = counts.shape[1]
     if config.refine > 1 and most < paged.num_pages:
         candidates = select(log_mass, heads, max_pages=most * config.refine)
-        log_mass = refine(
+        log_mass, shift = refine(
             query,
             log_mass,
+            shift,
             mean,
             paged.codes.view,
             paged.code_scale.view,
@@ -122,7 +129,7 @@ def _choose(
             softcap=softcap,
         )
     chosen = select(log_mass, heads, max_pages=most, min_pages=least, top_p=config.top_p)
-    return log_mass, chosen
+    return log_mass, shift, chosen
 
 
 def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters: Counters) -> State:

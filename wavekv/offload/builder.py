@@ -17,6 +17,7 @@ from torch import Tensor
 from wavekv.index import balanced_pages, encode_keys, page_statistics
 from wavekv.kvstore import HostArena
 from wavekv.offload.paged import SegmentPages
+from wavekv.offload.scatter import scatter_by_span
 
 T = TypeVar("T")
 
@@ -87,11 +88,14 @@ def build_segment(
     start: int,
     arena: HostArena,
     page_ids: Tensor,
+    first_page: int,
+    span_pages: int,
 ) -> SegmentPages:
     """Cluster the tokens [start, start + S) into pages and write them to the arena.
 
     keys, values: [B, Hkv, S, D]; valid: [B, S] bool, or None for all; page_ids: [B * Hkv * S / P]
-    allocated in the arena. Cost: O(S log(S / P) D) a head (see `balanced_pages`).
+    allocated in the arena; first_page: the index that the first page will have in its zone, whose
+    spans are of `span_pages`. Cost: O(S log(S / P) D + S D^2) a head (see `balanced_pages`).
     """
     B, H, S, D = keys.shape
     P = arena.layout.page_size
@@ -103,6 +107,9 @@ def build_segment(
     counts = _page_counts(valid, B, N, P, keys.device).repeat_interleave(H, 0)
     statistics = page_statistics(paged_keys, paged_values, counts, dtype=keys.dtype)
     quantised = encode_keys(paged_keys, statistics.mean, counts, dtype=keys.dtype)
+    scatter = scatter_by_span(
+        paged_keys, paged_values, counts, first_page=first_page, span_pages=span_pages
+    )
     pages = torch.stack([paged_keys, paged_values], dim=2)
     arena.write(page_ids, pages.reshape(R * N, 2, P, D))
     held = torch.arange(P, device=keys.device) < counts[..., None]
@@ -119,6 +126,7 @@ def build_segment(
         value_mean=statistics.value_mean.reshape(B, H, N, D),
         codes=quantised.codes.reshape(B, H, N, P, D // 2),
         code_scale=quantised.scale.reshape(B, H, N, P),
+        scatter=scatter.reshape(B, H, -1, 2, D, D),
     )
 
 

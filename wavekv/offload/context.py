@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import wraps
+from functools import partial, wraps
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -65,7 +65,7 @@ class LayerContext:
             empty = torch.empty(B, H, 0, D, dtype=keys.dtype, device=keys.device)
             self.steady = SteadyZone(empty, empty.clone())
             arena = runtime.arena(D, keys.dtype, keys.device)
-            self.paged = PagedZone(arena, B, H, like=empty)
+            self.paged = PagedZone(arena, empty, span_pages=self._num_span_pages)
         self._pending: Future[list[SegmentPages]] | None = None
         self._num_pending = 0
 
@@ -134,20 +134,26 @@ class LayerContext:
             return
         self._reserve(lengths)
         self.steady.fill_sinks(self.runtime.config.num_sink_tokens)
-        arena = self.paged.arena
-        jobs, first = [], 0
+        jobs, first, num_pages = [], 0, self.paged.num_pages
         for length in lengths:
             ids = self.paged.allocate(self._num_pages(length))
             keys, values, valid = self.steady.local(first, length)
             mask = valid if self.steady.is_ragged else None
-            jobs.append((keys, values, mask, self.steady.start + first, ids))
+            job = partial(
+                build_segment,
+                *(keys, values, mask),
+                start=self.steady.start + first,
+                arena=self.paged.arena,
+                page_ids=ids,
+                first_page=num_pages,
+                span_pages=self._num_span_pages,
+            )
+            jobs.append(job)
             first += length
+            num_pages += length // self.runtime.config.page_size
 
         def build() -> list[SegmentPages]:
-            return [
-                build_segment(k, v, mask, start=start, arena=arena, page_ids=ids)
-                for k, v, mask, start, ids in jobs
-            ]
+            return [job() for job in jobs]
 
         try:
             self._pending = self.runtime.builder.submit(self.steady.keys.view.device, build)
@@ -211,6 +217,11 @@ class LayerContext:
         copy.steady, copy.paged = self.steady.clone(), self.paged.clone()
         copy._pending, copy._num_pending = None, 0
         return copy
+
+    @property
+    def _num_span_pages(self) -> int:
+        """Pages in a segment of a prompt: the spans of the zone's scatter."""
+        return self.runtime.config.segment // self.runtime.config.page_size
 
     def _num_pages(self, num_tokens: int) -> int:
         """Arena pages that `num_tokens` positions take, over all sequences and heads."""

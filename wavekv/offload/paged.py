@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wavekv.index import page_scatter
 from wavekv.kvstore import GrowingTensor, HostArena
+from wavekv.offload.scatter import SpanScatter
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class SegmentPages:
     """[B, Hkv, n, P, D / 2] uint8 quantised keys, device (see `encode_keys`)."""
     code_scale: Tensor
     """[B, Hkv, n, P] their scales, device."""
+    scatter: Tensor
+    """[B, Hkv, m, 2, D, D] within-page scatter of each span touched, device (`scatter_by_span`)."""
 
 
 _PARTS = (
@@ -57,13 +61,14 @@ _PARTS = (
 class PagedZone:
     """Pages [B, Hkv, N] of one layer; holds one reference to each in the arena."""
 
-    def __init__(self, arena: HostArena, batch: int, num_kv_heads: int, like: Tensor) -> None:
-        """`like` gives the device and dtype of the statistics."""
+    def __init__(self, arena: HostArena, like: Tensor, *, span_pages: int) -> None:
+        """like: [B, Hkv, 0, D] gives the shape, device and dtype of the statistics. span_pages:
+        pages whose within-page scatter is kept as one sum."""
         self.arena = arena
         self._building: list[Tensor] = []
         self.segments: list[tuple[int, int]] = []
         """(end position, end page) of each segment."""
-        shape, P, D = (batch, num_kv_heads, 0), arena.layout.page_size, arena.layout.head_dim
+        shape, P, D = like.shape[:3], arena.layout.page_size, arena.layout.head_dim
         self.page_ids = GrowingTensor(torch.empty(shape, dtype=torch.int64), dim=2)
         self.counts = GrowingTensor(torch.empty(shape, dtype=torch.int32), dim=2)
         self.token_ids = GrowingTensor(torch.empty(*shape, P, dtype=torch.int32), dim=2)
@@ -73,6 +78,7 @@ class PagedZone:
         )
         self.codes = GrowingTensor(like.new_empty(*shape, P, D // 2, dtype=torch.uint8), dim=2)
         self.code_scale = GrowingTensor(like.new_empty(*shape, P), dim=2)
+        self.scatter = SpanScatter(like, span_pages)
 
     def __del__(self) -> None:
         for ids in (self.page_ids.view, *self._building):
@@ -91,8 +97,8 @@ class PagedZone:
     @property
     def statistics_nbytes(self) -> int:
         """Bytes of the index: what the device keeps of every page to rank and estimate it."""
-        index = self.mean, self.variance, self.value_mean, self.codes, self.code_scale
-        return sum(part.nbytes for part in index)
+        pages = self.mean, self.variance, self.value_mean, self.codes, self.code_scale
+        return sum(part.nbytes for part in (*pages, self.scatter.spans))
 
     def allocate(self, num_pages: int) -> Tensor:
         """Ids [num_pages] for the pages of a later segment, held until `append` or `give_up`.
@@ -115,6 +121,7 @@ class PagedZone:
         try:
             for name, part in zip(_PARTS, self._parts(), strict=True):
                 part.append(getattr(segment, name))
+            self.scatter.add(before, segment.scatter)
         except BaseException:
             for part in self._parts():
                 part.truncate(before)
@@ -140,10 +147,8 @@ class PagedZone:
         """
         first = self._pages_until(start)
         last = min(pages for stop, pages in self.segments if stop >= end)
-        ids = self.page_ids.view[:, :, first:last]
-        B, H, n = ids.shape
-        P, D = self.arena.layout.page_size, self.arena.layout.head_dim
-        pages = self.arena.read(ids.reshape(-1)).reshape(B, H, n, 2, P, D)
+        pages = self._read(first, last)
+        B, H, n, _, P, D = pages.shape
         positions = self.token_ids.view[:, :, first:last].reshape(B, H, n * P).long()
         inside = (positions >= start) & (positions < end)
         # a spare slot at the end takes what is outside
@@ -161,9 +166,11 @@ class PagedZone:
     def truncate(self, start: int) -> None:
         """Forget all segments from position `start` (where one begins) on."""
         keep = self._pages_until(start)
+        last_span = self._scatter_of_cut_span(keep)
         self.arena.release(self.page_ids.view[:, :, keep:])
         for part in self._parts():
             part.truncate(keep)
+        self.scatter.truncate(keep, last_span)
         self.segments = [segment for segment in self.segments if segment[0] <= start]
 
     def select(self, index: Tensor) -> None:
@@ -173,6 +180,7 @@ class PagedZone:
         self.arena.release(before)
         for part in self._parts():
             part.select(index)
+        self.scatter.select(index)
 
     def clone(self) -> PagedZone:
         """An independent zone that shares the pages."""
@@ -183,7 +191,24 @@ class PagedZone:
         self.arena.retain(copy.page_ids.view)
         for name in _PARTS[1:]:
             setattr(copy, name, getattr(self, name).clone())
+        copy.scatter = self.scatter.clone()
         return copy
+
+    def _read(self, first: int, last: int) -> Tensor:
+        """A copy of the pages [first, last): [B, Hkv, n, 2, P, D], host."""
+        ids = self.page_ids.view[:, :, first:last]
+        P, D = self.arena.layout.page_size, self.arena.layout.head_dim
+        return self.arena.read(ids.reshape(-1)).reshape(*ids.shape, 2, P, D)
+
+    def _scatter_of_cut_span(self, keep: int) -> Tensor | None:
+        """[B, Hkv, 2, D, D] of the pages before `keep` in the span that a cut there divides."""
+        first = keep - keep % self.scatter.span_pages
+        if keep in (first, self.num_pages):
+            return None
+        pages = self._read(first, keep).flatten(0, 1).to(self.device_counts.view.device)
+        counts = self.device_counts.view[:, :, first:keep].flatten(0, 1)
+        scatter = page_scatter(pages[:, :, 0], pages[:, :, 1], counts)
+        return scatter.reshape(*self.page_ids.view.shape[:2], *scatter.shape[1:])
 
     def _pages_until(self, position: int) -> int:
         return max((pages for stop, pages in self.segments if stop <= position), default=0)
@@ -198,7 +223,7 @@ def _keep_until_read(segment: SegmentPages) -> None:
     if segment.mean.device.type != "cuda":
         return
     stream = torch.cuda.current_stream(segment.mean.device)
-    for name in _PARTS:
+    for name in (*_PARTS, "scatter"):
         part: Tensor = getattr(segment, name)
         if part.is_cuda:
             part.record_stream(stream)

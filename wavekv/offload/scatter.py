@@ -1,0 +1,67 @@
+"""The within-page scatter of a paged zone: how values go with keys, for stretches of its pages."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from wavekv.index import page_scatter
+from wavekv.kvstore import GrowingTensor
+
+
+class SpanScatter:
+    """Scatter [B, Hkv, S, 2, D, D] float32, summed over each span of `span_pages` pages in a row.
+
+    The last span may be short; it grows until it is full. A span is as long as a segment, so that
+    the scatter costs little memory beside the pages and still follows where the text goes.
+    """
+
+    def __init__(self, like: Tensor, span_pages: int) -> None:
+        """like: [B, Hkv, 0, D] fixes shape and device."""
+        B, H, _, D = like.shape
+        self.span_pages = span_pages
+        self.spans = GrowingTensor(like.new_empty(B, H, 0, 2, D, D, dtype=torch.float32), dim=2)
+
+    def add(self, first_page: int, scatter: Tensor) -> None:
+        """Add pages from `first_page` on: their scatter as from `scatter_by_span`. All or nothing.
+
+        Pages come in order: there are spans for all pages before `first_page`.
+        """
+        shared = len(self.spans) - first_page // self.span_pages
+        assert shared in (0, 1)
+        self.spans.append(scatter[:, :, shared:])
+        if shared:
+            self.spans.view[:, :, first_page // self.span_pages] += scatter[:, :, 0]
+
+    def truncate(self, num_pages: int, last: Tensor | None) -> None:
+        """Keep the spans of the first `num_pages` pages; `last` [B, Hkv, 2, D, D] is the new
+        scatter of a span that is cut, None if none is."""
+        self.spans.truncate(-(-num_pages // self.span_pages))
+        if last is not None:
+            self.spans.view[:, :, -1] = last
+
+    def select(self, index: Tensor) -> None:
+        """Keep the sequences `index` [B'], in that order."""
+        self.spans.select(index)
+
+    def clone(self) -> SpanScatter:
+        """An independent copy."""
+        copy = object.__new__(SpanScatter)
+        copy.span_pages, copy.spans = self.span_pages, self.spans.clone()
+        return copy
+
+
+def scatter_by_span(
+    keys: Tensor, values: Tensor, counts: Tensor, *, first_page: int, span_pages: int
+) -> Tensor:
+    """The scatter of pages that begin at page `first_page` of a zone, for each span they touch.
+
+    keys, values: [R, N, P, D]; counts: [R, N]. Returns [R, m, 2, D, D] float32.
+    """
+    N = keys.shape[1]
+    edges = [0, *range(span_pages - first_page % span_pages, N, span_pages), N]
+    return torch.stack(
+        [page_scatter(keys[:, a:b], values[:, a:b], counts[:, a:b]) for a, b in pairwise(edges)], 1
+    )

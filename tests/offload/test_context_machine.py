@@ -284,6 +284,23 @@ def test_sinks_that_come_from_the_window_are_cropped_with_it(device, pad: int) -
     torch.testing.assert_close(out, exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [0, 15, 16, 40, 64, 70, 96, 130])
+def test_a_crop_inside_a_span_takes_its_scatter_along(device, length: int) -> None:
+    """Spans of 64 tokens, filled by segments of 16: a crop cuts them anywhere."""
+    tokens = Tokens.random(2, HEADS, 160)
+    tokens.valid[1, :5] = False
+    context = new_context(tokens, device)
+    for start in range(0, 140, 20):
+        feed(context, tokens.between(start, start + 20))
+    context.settle()
+    assert context.paged.num_tokens >= 128
+    context.truncate(length)
+    check_pages(context)
+    feed(context, tokens.between(length, length + 30))
+    context.settle()
+    check_pages(context)
+
+
 def test_a_crop_without_padding_leaves_no_mask_behind(device: torch.device) -> None:
     tokens = Tokens.random(1, HEADS, 100)
     context = new_context(tokens, device)

@@ -143,8 +143,8 @@ def as_markdown(rows: dict[str, dict[str, float]], record: dict) -> str:
         f"{record['context_tokens']} tokens. *Output error* is the relative L2 distance of the "
         "attention output of a head to exact attention, for the same query: mean and 95th "
         "percentile over all layers, heads and answer steps. *None*, *first* and *second* are the "
-        "`tail_estimate`. Pages are ranked by four-bit key codes within the best 32 budgets of them; "
-        "*refine* is another number of budgets, *means only* none (`refine=1`).",
+        "`tail_estimate`. Pages are ranked by four-bit key codes, the best 32 budgets of them by "
+        "means; *refine* is another number of budgets, *means only* none (`refine=1`).",
         "",
         "| setting | answers right | accuracy | tokens retrieved | output error | p95 |",
         "|---|---|---|---|---|---|",

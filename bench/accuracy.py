@@ -54,7 +54,7 @@ def settings() -> dict[str, dict]:
             table[f"{budget:.1%} {tail}"] = {"budget": budget, "tail_estimate": tail}
     for tail in ("first", "second"):
         table[f"2.0% {tail}, means only"] = {"budget": 0.02, "tail_estimate": tail, "refine": 1}
-    for refine in (8, 16):
+    for refine in (8, 32):
         table[f"2.0% second, refine {refine}"] = {"budget": 0.02, "refine": refine}
     return table
 
@@ -143,8 +143,9 @@ def as_markdown(rows: dict[str, dict[str, float]], record: dict) -> str:
         f"{record['context_tokens']} tokens. *Output error* is the relative L2 distance of the "
         "attention output of a head to exact attention, for the same query: mean and 95th "
         "percentile over all layers, heads and answer steps. *None*, *first* and *second* are the "
-        "`tail_estimate`. Pages are ranked by four-bit key codes, the best 32 budgets of them by "
-        "means; *refine* is another number of budgets, *means only* none (`refine=1`).",
+        "`tail_estimate`. Pages are ranked by four-bit key codes, the best "
+        f"{OffloadConfig().refine} budgets of them by statistics; *refine* is another number of "
+        "budgets, *means only* none (`refine=1`).",
         "",
         "| setting | answers right | accuracy | tokens retrieved | output error | p95 |",
         "|---|---|---|---|---|---|",

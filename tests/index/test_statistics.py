@@ -143,7 +143,7 @@ def test_scatter_equals_a_loop_whatever_lies_beyond_the_count(
             k, v = (x[r, c, : int(counts[r, c])].double().numpy() for x in (keys, values))
             if len(k):
                 k, v = k - k.mean(0), v - v.mean(0)
-                expected[r] += k.T @ k, k.T @ v
+                expected[r] += k.T @ k, v.T @ k
     beyond = (torch.arange(P) >= counts.unsqueeze(-1)).unsqueeze(-1)
     poisoned = (x.masked_fill(beyond, poison) for x in (keys, values))
     got = page_scatter(*poisoned, counts)

@@ -120,15 +120,24 @@ def test_attend_dense() -> None:
         assert_state(state, b, h * G + g, expected)
 
 
-def test_estimate() -> None:
+@pytest.mark.parametrize("span_pages", [None, 1, 2, 7])
+def test_estimate(span_pages: int | None) -> None:
     masses, value_mean = torch.randn(B, HKV * G, N), torch.randn(B, HKV, N, D)
     selected = torch.tensor([[[3, 0, -1], [-1, -1, -1]], [[0, 1, 2], [4, 3, 2]]])
-    state = reference.estimate(masses, value_mean, selected)
+    shift = slope = None
+    if span_pages is not None:
+        shift, slope = torch.randn(masses.shape), torch.randn(B, HKV * G, -(-N // span_pages), D)
+    state = reference.estimate(
+        masses, value_mean, selected, shift, slope, span_pages=span_pages or 1
+    )
     for b, h, g in HEADS:
+        head, values = h * G + g, list(value_mean[b, h])
+        if shift is not None and slope is not None:
+            leans = [shift[b, head, n] * slope[b, head, n // span_pages] for n in range(N)]
+            values = [value + lean for value, lean in zip(values, leans, strict=True)]
         left = [n for n in range(N) if n not in selected[b, h].tolist()]
-        logits = [float(masses[b, h * G + g, n]) for n in left]
-        expected = softmax_state(logits, [value_mean[b, h, n] for n in left])
-        assert_state(state, b, h * G + g, expected)
+        logits = [float(masses[b, head, n]) for n in left]
+        assert_state(state, b, head, softmax_state(logits, [values[n] for n in left]))
 
 
 def test_merge_state() -> None:

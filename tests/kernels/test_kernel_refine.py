@@ -122,11 +122,21 @@ def test_refine_finds_a_key_that_its_page_hides() -> None:
     assert found["means"] < found["codes"]
 
 
-@pytest.mark.parametrize("name", ["codes", "code_scale", "counts", "candidates"])
+@pytest.mark.parametrize("name", ["codes", "code_scale", "counts", "candidates", "shift"])
 def test_wrong_shapes_are_named(name: str) -> None:
     pages = make_pages(0, (1, 2, 4, 8), 4, torch.float32)
     pages["candidates"] = torch.zeros(1, 2, 1, dtype=torch.int64)
+    log_mass, pages["shift"] = torch.zeros(2, 1, 4, 4)
     pages[name] = pages[name][:, :1]
-    arguments = [pages[key] for key in ("mean", "codes", "code_scale", "counts", "candidates")]
+    names = ("shift", "mean", "codes", "code_scale", "counts", "candidates")
+    arguments = [pages[key] for key in names]
     with pytest.raises(ValueError, match=f"{name} must be"):
-        refine(torch.randn(1, 4, 8), *torch.zeros(2, 1, 4, 4), *arguments, scale=1.0)
+        refine(torch.randn(1, 4, 8), log_mass, *arguments, scale=1.0)
+
+
+def test_masses_of_other_heads_are_named() -> None:
+    pages = make_pages(0, (1, 2, 4, 8), 4, torch.float32)
+    arguments = [pages[key] for key in ("mean", "codes", "code_scale", "counts")]
+    candidates = torch.zeros(1, 2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="Hq=4 heads of query, got 2"):
+        refine(torch.randn(1, 4, 8), *torch.zeros(2, 1, 2, 4), *arguments, candidates, scale=1.0)

@@ -67,6 +67,20 @@ def test_score_equals_reference(dims, seed, pages, dtype, first_moment, softcap,
     assert (actual[1][empty] == 0).all()
 
 
+@pytest.mark.parametrize("softcap", [3.0, 20.0])
+def test_shift_under_a_soft_cap_is_close_to_that_of_the_keys(softcap: float) -> None:
+    """Of the logits before the cap, weighted by the mass after it."""
+    query = torch.randn(1, 4, 64)
+    keys = 0.6 * torch.randn(1, 1, 200, 32, 64) + 0.5 * torch.randn(1, 1, 200, 1, 64)
+    counts = torch.full((1, 1, 200), 32, dtype=torch.int32)
+    logits = torch.einsum("bhd,bznpd->bhnp", query, keys) / 8
+    weights = (softcap * torch.tanh(logits / softcap)).softmax(-1)
+    truth = ((weights - 1 / 32) * logits).sum(-1)
+    variance = keys.var(3, correction=0)
+    shift = score(query, keys.mean(3), variance, counts, scale=1 / 8, softcap=softcap)[1]
+    assert (shift - truth).abs().mean() < 0.3 * truth.abs().mean()
+
+
 @pytest.mark.parametrize("spread", [0.3, 4.0])
 def test_shift_is_how_the_mass_grows_along_the_query(spread: float) -> None:
     """The mean logit of a page, weighted by mass, is the derivative of its log mass by the scale of

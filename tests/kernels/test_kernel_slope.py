@@ -71,6 +71,21 @@ def test_values_that_follow_the_logit_are_estimated_exactly() -> None:
     assert (leaning - exact).norm() < 0.01 * (plain - exact).norm()
 
 
+def test_slope_of_a_view_of_a_larger_buffer() -> None:
+    """As a zone keeps it, for a batch; any dtype of query."""
+    keys, values, counts = make_pages(1, 12, 6, 8, 4)
+    buffer = torch.full((2, 3, 5, 2, 4, 4), torch.nan)
+    buffer[:, :, :2] = page_scatter(keys, values, counts).reshape(2, 3, 2, 2, 4, 4)
+    query = torch.randn(2, 6, 4).bfloat16()
+    slope = value_slope(query, buffer[:, :, :2], scale=0.5)
+    for b in range(2):
+        for span in range(2):
+            alone = buffer[b : b + 1, :, span : span + 1].contiguous()
+            expected = value_slope(query[b : b + 1].float(), alone, scale=0.5)
+            torch.testing.assert_close(slope[b : b + 1, :, span : span + 1], expected)
+    assert value_slope(query, buffer[:, :, :0], scale=0.5).shape == (2, 6, 0, 4)
+
+
 @pytest.mark.parametrize("keys", ["equal", "along one direction", "large"])
 def test_degenerate_keys_give_a_finite_slope(keys: str) -> None:
     made, values, counts = make_pages(0, 1, 3, 4, 8)
@@ -103,5 +118,8 @@ def test_wrong_scatter_and_slope_are_named() -> None:
         estimate(masses, values, chosen, None, slope, span_pages=3)
     with pytest.raises(ValueError, match=r"slope must be \(1, 4, 5, 8\)"):
         estimate(masses, values, chosen, masses, slope, span_pages=2)
-    with pytest.raises(ValueError, match="shift must be"):
-        estimate(masses, values, chosen, masses[..., :5], slope, span_pages=3)
+    for wrong in (masses[..., :5], masses[:, :2], masses.int()):
+        with pytest.raises(ValueError, match="shift must be"):
+            estimate(masses, values, chosen, wrong, slope, span_pages=3)
+    with pytest.raises(ValueError, match="on one device"):
+        estimate(masses, values, chosen, masses.to("meta"), slope, span_pages=3)

@@ -84,9 +84,9 @@ def test_half_precision_is_close_to_full_attention(device, dtype, count, softcap
 @pytest.mark.parametrize("mode", ["retrieval", "exact"])
 @pytest.mark.parametrize("count", [1, 6])
 def test_the_order_of_pages_does_not_matter(device, tail: str, mode: str, count: int) -> None:
-    tokens = padded(2, 2, 170, [0, 40])
+    tokens = padded(2, 2, 310, [0, 40])
     context = new_context(tokens, device, mode=mode, budget=12, tail_estimate=tail)
-    prefill(context, tokens.between(0, 170 - count))
+    prefill(context, tokens.between(0, 310 - count))
     shuffled = context.fork(context.runtime)
     # anywhere within their span, and the two whole spans trade places
     size = shuffled.paged.scatter.span_pages
@@ -97,7 +97,7 @@ def test_the_order_of_pages_does_not_matter(device, tail: str, mode: str, count:
     spans.copy_(spans[:, :, [1, 0, 2]])
     for part in shuffled.paged._parts():
         part.view.copy_(part.view[:, :, order.to(part.view.device)])
-    new = tokens.between(170 - count, 170)
+    new = tokens.between(310 - count, 310)
     outs = []
     for one in (context, shuffled):
         torch.manual_seed(1)
@@ -158,10 +158,11 @@ def test_a_better_tail_estimate_has_a_smaller_error(long_context, budget: int | 
     assert first < 0.7 * none
 
 
-@pytest.mark.parametrize("budget", [8, 0.05])
-def test_values_that_go_with_keys_are_estimated_better(device, budget: int | float) -> None:
-    """Half of what values differ by within a page is linear in the keys, another map in each half
-    of the text: the second moment knows, also of generated tokens and after a crop."""
+@pytest.mark.parametrize(("budget", "share"), [(8, 0.62), (0.05, 0.4)])
+def test_values_that_go_with_keys_are_estimated_better(device, budget, share: float) -> None:
+    """Values are nearly linear in the keys, by another map in each half of the text: the second
+    moment knows which, also of generated tokens and after a crop. With the maps exchanged it would
+    leave 0.71 and 0.44 of the first moment's error, without them all of it."""
     tokens = clustered(2048, 16)
     maps = torch.randn(2, 1, 2, 16, 16) / 4
     halves = zip(tokens.keys.split(1024, 2), maps, strict=True)
@@ -177,7 +178,7 @@ def test_values_that_go_with_keys_are_estimated_better(device, budget: int | flo
             mean_error(context, seen, budget=budget, tail_estimate=tail)
             for tail in ("first", "second")
         )
-        assert second < 0.7 * first
+        assert second < share * first
 
     assert_better(tokens)
     context.truncate(1500)
@@ -232,6 +233,18 @@ def test_a_single_token_of_a_prompt_is_attended_to_exactly(device: torch.device)
     query, out = feed(step, tokens.between(200, 201))
     exact = plain_attention(query, tokens.keys, tokens.values, tokens.valid, scale=D**-0.5)
     assert (out - exact).norm() > 0.1 * exact.norm()
+
+
+def test_autocast_does_not_reach_the_zones(device: torch.device) -> None:
+    tokens = clustered(301, 16)
+    outs = []
+    for is_on in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_on):
+            context = new_context(tokens, device, budget=16)
+            prefill(context, tokens.between(0, 300))
+            outs.append(feed(context, tokens.between(300, 301))[1])
+    torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-5)
 
 
 def test_counters_stay_numbers_where_a_sequence_is_all_padding(device: torch.device) -> None:

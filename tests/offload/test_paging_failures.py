@@ -87,7 +87,11 @@ def test_a_crop_after_a_failed_build_takes_the_sinks_along(device, monkeypatch, 
     assert_answers(one, kept, Tokens.random(1, 2, 1))
 
 
-def test_a_segment_that_cannot_be_taken_in_is_taken_in_not_at_all(device, monkeypatch) -> None:
+# 9 parts, then the scatter
+@pytest.mark.parametrize("number", [1, 6, 10])
+def test_a_segment_that_cannot_be_taken_in_is_taken_in_not_at_all(
+    device, monkeypatch, number: int
+) -> None:
     tokens = Tokens.random(1, 2, 100)
     one = new_context(tokens, device, budget=1.0)
     seen = assert_answers(one, tokens.between(0, 0), tokens)
@@ -95,7 +99,7 @@ def test_a_segment_that_cannot_be_taken_in_is_taken_in_not_at_all(device, monkey
 
     def full(self: GrowingTensor, rows: torch.Tensor) -> None:
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == number:
             raise MemoryError
         append(self, rows)
 
@@ -108,6 +112,25 @@ def test_a_segment_that_cannot_be_taken_in_is_taken_in_not_at_all(device, monkey
     one.settle()
     assert one.paged.num_pages > 0
     assert_answers(one, seen, Tokens.random(1, 2, 1))
+
+
+def test_a_crop_that_fails_changes_nothing(device, monkeypatch) -> None:
+    tokens = Tokens.random(1, 2, 100)
+    one = new_context(tokens, device, budget=1.0)
+    for start in range(0, 100, 20):
+        feed(one, tokens.between(start, start + 20))
+    one.settle()
+
+    def fail(*args) -> torch.Tensor:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paged, "page_scatter", fail)
+        with pytest.raises(MemoryError):
+            one.truncate(40)
+    seen = assert_answers(one, tokens, Tokens.random(1, 2, 1))
+    one.truncate(40)
+    assert_answers(one, seen.between(0, 40), Tokens.random(1, 2, 1))
 
 
 @pytest.mark.parametrize("count", [1, 40])

@@ -48,14 +48,14 @@ def page_scatter(keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
     """Within-page scatter: how keys and values vary together inside pages, summed over pages.
 
     With k' and v' a token's key and value less the means of its page, the scatter is the sum over
-    all tokens of k' k'^T (the within-class scatter of discriminant analysis) and of k' v'^T. It is
+    all tokens of k' k'^T (the within-class scatter of discriminant analysis) and of v' k'^T. It is
     what a least-squares fit of values to keys needs; scatters of disjoint pages add up.
 
     Args:
         keys, values, counts: as for `page_statistics`; slots beyond the count have no influence.
 
     Returns:
-        [R, 2, D, D] float32: the scatter of the keys, and of keys (rows) with values (columns).
+        [R, 2, D, D] float32: the scatter of the keys, and of values (rows) with keys (columns).
 
     Raises:
         ValueError: as `page_statistics`.
@@ -71,7 +71,7 @@ def page_scatter(keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:
         return torch.where(live, centred, 0).reshape(R, -1, D)
 
     k = residual(keys)
-    return torch.stack([k.mT @ k, k.mT @ residual(values)], dim=1)
+    return torch.stack([k.mT @ k, residual(values).mT @ k], dim=1)
 
 
 def _is_live(x: Tensor, counts: Tensor) -> Tensor:

@@ -47,6 +47,15 @@ def expect_heads(name: str, tensor: Tensor, batch: int, kv_heads: int, last: int
         )
 
 
+def expect_shift(shift: Tensor, log_mass: Tensor) -> None:
+    """The shift of each page is there where its log mass is: kernels read both by one index."""
+    if shift.shape != log_mass.shape or not shift.dtype.is_floating_point:
+        raise ValueError(
+            f"shift must be floats {tuple(log_mass.shape)} as log_mass, got "
+            f"{tuple(shift.shape)} {shift.dtype}"
+        )
+
+
 def expect_softcap(softcap: float | None) -> None:
     """The soft cap is positive or None."""
     if softcap is not None and not softcap > 0:

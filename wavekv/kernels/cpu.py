@@ -58,7 +58,7 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = mean.shape
     query = _float32(query)
-    log_mass, shift = torch.empty(2, batch, query.shape[1], pages)
+    log_mass, shift = (torch.empty(batch, query.shape[1], pages) for _ in range(2))
     _launch(
         cpu_score.score,
         batch * kv_heads * pages,
@@ -86,7 +86,9 @@ def refine(
     batch, kv_heads, pages, width = mean.shape
     page_size, num_candidates = codes.shape[3], candidates.shape[2]
     query, candidates = _float32(query), candidates.contiguous()
-    refined, shifted = torch.stack([log_mass.float(), shift.float()])
+    refined, shifted = (
+        x.float().clone(memory_format=torch.contiguous_format) for x in (log_mass, shift)
+    )
     _launch(
         cpu_refine.refine,
         batch * kv_heads * num_candidates * page_size,

@@ -12,15 +12,15 @@ from wavekv.kernels.cpu_state import BLOCK, UNROLL, absorb, join_splits
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _add_drift(weights: Any, shifts: Any, n: int, slope: Any, acc: Any) -> None:
+def _add_lean(weights: Any, shifts: Any, n: int, slope: Any, acc: Any) -> None:
     """acc [G, D] += (weights . shifts) [G, :n] times the span's slope [G, D]."""
     group, width = acc.shape
     for g in range(group):
-        drift = np.float32(0.0)
+        shift = np.float32(0.0)
         for t in range(n):
-            drift += weights[g, t] * shifts[g, t]
+            shift += weights[g, t] * shifts[g, t]
         for d in range(width):
-            acc[g, d] += drift * slope[g, d]
+            acc[g, d] += shift * slope[g, d]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -69,7 +69,7 @@ def _weigh_pages(
         if filled == BLOCK or (ends and filled > 0):
             absorb(logits, values, filled, dtype, peak, total, acc, scratch)
             if slope.size > 0:
-                _add_drift(logits, shifts, filled, slope[:, (first + n) // span_pages], acc)
+                _add_lean(logits, shifts, filled, slope[:, (first + n) // span_pages], acc)
             filled = 0
 
 

@@ -130,6 +130,5 @@ def refine(
             at = offset(codes, b, h, n)
             _refine_page(q, mu, at, steps, count, softcap, logits, offsets, scratch[2])
             for g in range(group):
-                mass, rise = _mass_and_shift(logits[g, :count], offsets[g, :count])
-                masses[head, g, n] = mass
-                shifts[head, g, n] = rise
+                state = _mass_and_shift(logits[g, :count], offsets[g, :count])
+                masses[head, g, n], shifts[head, g, n] = state

@@ -56,26 +56,26 @@ def _score_pages(
             x = np.float32(0.0)
             for d in range(width):
                 x += q[d] * mu[d]
-            slope = np.float32(1.0)
+            bend = np.float32(1.0)  # the derivative of the cap
             if softcap > np.float32(0.0):
-                bent = tanh(x / softcap)
-                x = softcap * bent
-                slope = np.float32(1.0) - bent * bent
-            rise = np.float32(0.0)
+                capped = tanh(x / softcap)
+                x = softcap * capped
+                bend = np.float32(1.0) - capped * capped
+            page_shift = np.float32(0.0)
             if variance[0] != 0:
                 q = squared[g]
-                bare = np.float32(0.0)
+                uncapped = np.float32(0.0)
                 for d in range(width):
-                    bare += q[d] * var[d]
-                spread = bare * slope * slope
-                rise = bare * slope
+                    uncapped += q[d] * var[d]
+                spread = uncapped * bend * bend
+                page_shift = uncapped * bend
                 if spread <= np.float32(2.0) * log_count:
                     x += np.float32(0.5) * spread
                 else:
                     x += np.sqrt(np.float32(2.0) * log_count * spread) - log_count
-                    rise *= np.sqrt(np.float32(2.0) * log_count / spread)
+                    page_shift *= np.sqrt(np.float32(2.0) * log_count / spread)
             log_mass[g, n] = log_count + x
-            shift[g, n] = rise
+            shift[g, n] = page_shift
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())

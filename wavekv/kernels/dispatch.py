@@ -59,9 +59,10 @@ def score(
     2613, 1981). The branches meet with one slope, and a page of one key has c = 0. Without variance
     c = 0, which is the estimate of RetroInfer (VLDB 19(5), section 4.2).
 
-    The shift of a page is how far the mean logit of its keys, before any soft cap, lies higher when
-    they are weighted by their mass: s2 for Gaussian keys (in general the gradient of c along the
-    query, so less where c is frozen), 0 without variance. `estimate` needs it for the values.
+    The shift of a page is how far the mean logit of its keys rises when they are weighted by their
+    mass: s2 for Gaussian keys, sqrt(2 log n * s2) where c is frozen (the derivative of c by the
+    query's length), 0 without variance. Under a soft cap it is that of the logits before the cap:
+    the above over the cap's derivative. `estimate` needs it for the values.
 
     query: [B, Hq, D]. mean: [B, Hkv, N, D], of the keys. variance: the same shape, per dimension,
     or None. counts: [B, Hkv, N] int32, tokens in each page. The last three may be views with any
@@ -99,7 +100,8 @@ def refine(
     """Replace the estimated mass and shift of candidate pages by what their quantised keys give.
 
     A mean hides a single key that fits the query among others that do not; codes of each key show
-    it. Key p of a page is mean + code_scale[p] * (code - 8), with codes in 0..15.
+    it. Key p of a page is mean + code_scale[p] * (code - 8), with codes in 0..15. The shift is the
+    mean logit of these keys, before the cap, weighted by their mass, less the plain mean.
 
     query: [B, Hq, D]. log_mass, shift: [B, Hq, N] as from `score`. mean: [B, Hkv, N, D]. codes:
     [B, Hkv, N, P, D / 2] uint8, contiguous from P on: byte d holds dimension d in its low and
@@ -116,7 +118,11 @@ def refine(
         )
     checks.expect_heads("query", query, shape[0], shape[1], shape[3])
     checks.expect_heads("log_mass", log_mass, shape[0], shape[1], shape[2])
-    checks.expect_heads("shift", shift, shape[0], shape[1], shape[2])
+    if log_mass.shape[1] != query.shape[1]:
+        raise ValueError(
+            f"log_mass must be of the Hq={query.shape[1]} heads of query, got {log_mass.shape[1]}"
+        )
+    checks.expect_shift(shift, log_mass)
     page_size = codes.shape[3]
     checks.expect("codes", codes, (*shape[:3], page_size, shape[3] // 2), torch.uint8, like=mean)
     checks.expect("code_scale", code_scale, (*shape[:3], page_size), *STORED_DTYPES, like=mean)
@@ -236,13 +242,12 @@ def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
 
     The least-squares fit of values (less the mean of their page) to one number, the logit of their
     key (less that of the page's mean), over all tokens of a span: with the within-page scatters K
-    of keys and C of keys with values, C^T q / (q^T K q). A small ridge (0.1 % of the spread of an
-    average direction) keeps directions in which keys hardly vary from dividing by nothing. Torch on
-    every device: a few small matrix products.
+    of keys and C of values with keys, C q / (q^T K q). A ridge of 1 % of sum_d q_d^2 K_dd bounds
+    the slope where keys hardly vary along the query. One matrix product: torch for every backend.
 
     query: [B, Hq, D]. scatter: [B, Hkv, S, 2, D, D] float32, K and C of each span (see
-    `wavekv.index.page_scatter`). scale multiplies the logits.
-    Returns slope [B, Hq, S, D] float32, a change of value per unit of logit.
+    `wavekv.index.page_scatter`), contiguous from S on. scale multiplies the logits.
+    Returns slope [B, Hq, S, D] float32, a change of value per unit of logit before any soft cap.
     """
     if scatter.dim() != 6 or scatter.shape[3] != 2:
         raise ValueError(f"scatter must be [B, Hkv, S, 2, D, D], got {tuple(scatter.shape)}")
@@ -281,10 +286,10 @@ def estimate(
     if slope is not None:
         if shift is None or span_pages < 1:
             raise ValueError(
-                f"a slope needs the shift of each page and span_pages >= 1, got shift {shift} and "
-                f"span_pages {span_pages}"
+                "a slope needs the shift of each page and span_pages >= 1, got span_pages="
+                f"{span_pages} and {'no' if shift is None else 'a'} shift"
             )
-        checks.expect_heads("shift", shift, *shape[:3])
+        checks.expect_shift(shift, log_mass)
         spans = -(-shape[2] // span_pages)
         wanted = (shape[0], log_mass.shape[1], spans, shape[3])
         checks.expect("slope", slope, wanted, torch.float32, like=value_mean)
@@ -292,7 +297,7 @@ def estimate(
         raise ValueError(f"selected must be [B, Hkv, M], got {tuple(selected.shape)}")
     expected = (*shape[:2], selected.shape[2])
     checks.expect("selected", selected, expected, torch.int64, like=value_mean)
-    run = _backend(log_mass, value_mean).estimate
+    run = _backend(log_mass, value_mean, *([] if shift is None else [shift])).estimate
     state: State = run(log_mass, value_mean, selected, shift, slope, span_pages=span_pages)
     return state
 

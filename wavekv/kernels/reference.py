@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-VALUE_RIDGE = 1e-3
-"""Ridge of the fit of values to logits, as a share of the spread of an average direction."""
+VALUE_RIDGE = 1e-2
+"""Ridge of the fit of values to logits, as a share of the spread that logits would have were the
+dimensions of the keys independent: it bounds the slope where keys hardly vary along a query."""
 
 
 def score(
@@ -27,21 +28,22 @@ def score(
     # [B, Hkv, G, D]
     q = _by_group(query, mean.shape[1]) * scale
     x = q @ mean.float().mT
-    slope = torch.ones_like(x)
+    # the derivative of the cap
+    bend = torch.ones_like(x)
     if softcap is not None:
-        bent = torch.tanh(x / softcap)
-        x = softcap * bent
-        slope = 1 - bent.square()
+        capped = torch.tanh(x / softcap)
+        x = softcap * capped
+        bend = 1 - capped.square()
     # [B, Hkv, 1, N]
     log_count = counts.clamp(min=1).float().log().unsqueeze(2)
     log_mass, shift = log_count + x, torch.zeros_like(x)
     if variance is not None:
-        bare = q.square() @ variance.float().mT
-        spread = bare * slope.square()
+        uncapped = q.square() @ variance.float().mT
+        spread = uncapped * bend.square()
         is_frozen = spread > 2 * log_count
         frozen = (2 * log_count * spread).sqrt() - log_count
         log_mass = log_mass + torch.where(is_frozen, frozen, 0.5 * spread)
-        shift = bare * slope * torch.where(is_frozen, (2 * log_count / spread).sqrt(), 1.0)
+        shift = uncapped * bend * torch.where(is_frozen, (2 * log_count / spread).sqrt(), 1.0)
     empty = (counts <= 0).unsqueeze(2)
     return (
         log_mass.masked_fill(empty, -torch.inf).flatten(1, 2),
@@ -158,17 +160,18 @@ def attend_dense(
 
 
 def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
-    Hkv, S, _, D, _ = scatter.shape[1:]
-    # [B, Hkv, 1, G, D]
-    q = _by_group(query, Hkv).unsqueeze(2) * scale
-    # both [B, Hkv, S, G, D]
-    key_part, value_part = (q.unsqueeze(3) @ scatter.float()).unbind(3)
-    spread = (key_part * q).sum(-1, keepdim=True)
-    trace = scatter[:, :, :, 0].diagonal(dim1=-2, dim2=-1).sum(-1)
-    ridge = VALUE_RIDGE / D * q.square().sum(-1, keepdim=True) * trace[..., None, None]
+    B, Hkv, S, _, D, _ = scatter.shape
+    # [B, Hkv, D, G]
+    q = _by_group(query, Hkv).mT * scale
+    # one product for all spans, which reads a view of a larger buffer in place; [B, Hkv, S, D, G]
+    key_part, value_part = (scatter.flatten(2, 4) @ q).unflatten(2, (S, 2, D)).unbind(3)
+    spread = (key_part * q.unsqueeze(2)).sum(3)
+    variances = scatter[:, :, :, 0].diagonal(dim1=-2, dim2=-1)
+    # [B, Hkv, S, G]
+    ridged = spread.clamp_min(0) + VALUE_RIDGE * (variances @ q.square())
     # a span of equal keys has no slope: 0 / tiny
-    slope = value_part / (spread + ridge).clamp_min(torch.finfo(torch.float32).tiny)
-    return slope.transpose(2, 3).reshape(-1, query.shape[1], S, D)
+    slope: Tensor = value_part / ridged.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(3)
+    return slope.permute(0, 1, 4, 2, 3).reshape(B, query.shape[1], S, D)
 
 
 def estimate(
@@ -186,16 +189,17 @@ def estimate(
     taken.scatter_(2, selected.masked_fill(selected < 0, pages), True)
     # [B, Hkv, G, N]
     logits = _by_group(log_mass, kv_heads)
-    logits = logits.masked_fill(taken[..., :pages].unsqueeze(2), -torch.inf).flatten(1, 2)
-    out, lse = _weigh(_by_group(logits, kv_heads), value_mean.float())
-    if shift is None or slope is None:
-        return out, lse
-    weights = (logits - lse.nan_to_num(neginf=0.0).unsqueeze(-1)).exp()
-    spans = slope.shape[2]
-    drift = torch.nn.functional.pad(weights * shift.float(), (0, spans * span_pages - pages))
-    # [B, Hq, 1, S] of each span, times its slope
-    drift = drift.unflatten(-1, (spans, span_pages)).sum(-1).unsqueeze(2)
-    return out + (drift @ slope.float()).squeeze(2), lse
+    logits = logits.masked_fill(taken[..., :pages].unsqueeze(2), -torch.inf)
+    weights, lse = _softmax(logits)
+    out = _weigh(weights, value_mean.float())
+    if shift is not None and slope is not None:
+        spans = slope.shape[2]
+        shifted = weights.flatten(1, 2) * shift.float()
+        shifted = torch.nn.functional.pad(shifted, (0, spans * span_pages - pages))
+        # [B, Hq, 1, S] of each span, times its slope
+        shifted = shifted.unflatten(-1, (spans, span_pages)).sum(-1).unsqueeze(2)
+        out = out + (shifted @ slope).squeeze(2)
+    return out, lse
 
 
 def merge_state(
@@ -223,14 +227,20 @@ def _attend(
     logits = _by_group(query, keys.shape[1]) @ keys.mT * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return _weigh(logits.masked_fill(~live.unsqueeze(2), -torch.inf), values)
+    weights, lse = _softmax(logits.masked_fill(~live.unsqueeze(2), -torch.inf))
+    return _weigh(weights, values), lse
 
 
-def _weigh(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax of logits [B, Hkv, G, S] over values [B, Hkv, S, D], as a state."""
-    # 0 * NaN is NaN: a value that no head attends to must not be multiplied.
-    dead = (logits == -torch.inf).all(dim=2).unsqueeze(-1)
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [B, Hkv, G, S] of logits, zero where all are -inf, and their lse [B, Hq]."""
     lse = logits.logsumexp(dim=-1)
     weights = logits.softmax(dim=-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)
-    out = weights @ values.masked_fill(dead, 0.0)
-    return out.flatten(1, 2), lse.flatten(1, 2)
+    return weights, lse.flatten(1, 2)
+
+
+def _weigh(weights: Tensor, values: Tensor) -> Tensor:
+    """[B, Hq, D]: values [B, Hkv, S, D] by weights [B, Hkv, G, S]. What weighs nothing is not read:
+    it may be NaN."""
+    dead = (weights == 0).all(dim=2).unsqueeze(-1)
+    out: Tensor = weights @ values.masked_fill(dead, 0.0)
+    return out.flatten(1, 2)

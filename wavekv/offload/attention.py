@@ -115,7 +115,8 @@ def _choose(
     least, most = limits
     heads = counts.shape[1]
     if config.refine > 1 and most < paged.num_pages:
-        candidates = select(log_mass, heads, max_pages=most * config.refine)
+        # a mean hides the key that stands out: pages whose keys lie far apart deserve a look first
+        candidates = select(log_mass + shift, heads, max_pages=most * config.refine)
         log_mass, shift = refine(
             query,
             log_mass,

@@ -20,6 +20,7 @@ from wavekv.offload.builder import build_segment
 from wavekv.offload.counters import Counters
 from wavekv.offload.paged import PagedZone, SegmentPages
 from wavekv.offload.runtime import OffloadRuntime
+from wavekv.offload.scatter import pages_of_span
 from wavekv.offload.steady import SteadyZone
 
 P = ParamSpec("P")
@@ -29,11 +30,13 @@ R = TypeVar("R")
 def _on_plain_tensors(
     method: Callable[Concatenate[LayerContext, P], R],
 ) -> Callable[Concatenate[LayerContext, P], R]:
-    """State made inside inference mode could not be changed outside it: leave that mode."""
+    """Leave the caller's modes. State made inside inference mode could not be changed outside it;
+    autocast would round statistics and logits to half precision."""
 
     @wraps(method)
     def wrapped(self: LayerContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
+        device = self.steady.keys.view.device.type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
             return method(self, *args, **kwargs)
 
     return wrapped
@@ -65,7 +68,8 @@ class LayerContext:
             empty = torch.empty(B, H, 0, D, dtype=keys.dtype, device=keys.device)
             self.steady = SteadyZone(empty, empty.clone())
             arena = runtime.arena(D, keys.dtype, keys.device)
-            self.paged = PagedZone(arena, empty, span_pages=self._num_span_pages)
+            span_pages = pages_of_span(runtime.config.segment, runtime.config.page_size, D)
+            self.paged = PagedZone(arena, empty, span_pages=span_pages)
         self._pending: Future[list[SegmentPages]] | None = None
         self._num_pending = 0
 
@@ -141,12 +145,14 @@ class LayerContext:
             mask = valid if self.steady.is_ragged else None
             job = partial(
                 build_segment,
-                *(keys, values, mask),
+                keys,
+                values,
+                mask,
                 start=self.steady.start + first,
                 arena=self.paged.arena,
                 page_ids=ids,
                 first_page=num_pages,
-                span_pages=self._num_span_pages,
+                span_pages=self.paged.scatter.span_pages,
             )
             jobs.append(job)
             first += length
@@ -196,8 +202,9 @@ class LayerContext:
         start = self.paged.segment_start(length)
         device = self.steady.keys.view.device
         keys, values, valid = (x.to(device) for x in self.paged.recover(start, length))
+        last_span = self.paged.scatter_before(start)
         self.steady.restart(start, length, keys, values, valid)
-        self.paged.truncate(start)
+        self.paged.truncate(start, last_span)
 
     @_on_plain_tensors
     def select(self, index: Tensor) -> None:
@@ -217,11 +224,6 @@ class LayerContext:
         copy.steady, copy.paged = self.steady.clone(), self.paged.clone()
         copy._pending, copy._num_pending = None, 0
         return copy
-
-    @property
-    def _num_span_pages(self) -> int:
-        """Pages in a segment of a prompt: the spans of the zone's scatter."""
-        return self.runtime.config.segment // self.runtime.config.page_size
 
     def _num_pages(self, num_tokens: int) -> int:
         """Arena pages that `num_tokens` positions take, over all sequences and heads."""

@@ -163,10 +163,24 @@ class PagedZone:
         valid.scatter_(1, slots[:, 0], True)
         return recovered[0], recovered[1], valid[:, :-1]
 
-    def truncate(self, start: int) -> None:
-        """Forget all segments from position `start` (where one begins) on."""
+    def scatter_before(self, start: int) -> Tensor | None:
+        """The scatter [B, Hkv, 2, D, D] that the last span has after `truncate(start)`, from its
+        pages; None if it stays as it is."""
         keep = self._pages_until(start)
-        last_span = self._scatter_of_cut_span(keep)
+        first = keep - keep % self.scatter.span_pages
+        if keep in (first, self.num_pages):
+            return None
+        pages = self._read(first, keep).flatten(0, 1).to(self.device_counts.view.device)
+        counts = self.device_counts.view[:, :, first:keep].flatten(0, 1)
+        scatter = page_scatter(pages[:, :, 0], pages[:, :, 1], counts)
+        return scatter.reshape(*self.page_ids.view.shape[:2], *scatter.shape[1:])
+
+    def truncate(self, start: int, last_span: Tensor | None) -> None:
+        """Forget all segments from position `start` (where one begins) on. Cannot fail.
+
+        last_span: from `scatter_before(start)`, which can.
+        """
+        keep = self._pages_until(start)
         self.arena.release(self.page_ids.view[:, :, keep:])
         for part in self._parts():
             part.truncate(keep)
@@ -199,16 +213,6 @@ class PagedZone:
         ids = self.page_ids.view[:, :, first:last]
         P, D = self.arena.layout.page_size, self.arena.layout.head_dim
         return self.arena.read(ids.reshape(-1)).reshape(*ids.shape, 2, P, D)
-
-    def _scatter_of_cut_span(self, keep: int) -> Tensor | None:
-        """[B, Hkv, 2, D, D] of the pages before `keep` in the span that a cut there divides."""
-        first = keep - keep % self.scatter.span_pages
-        if keep in (first, self.num_pages):
-            return None
-        pages = self._read(first, keep).flatten(0, 1).to(self.device_counts.view.device)
-        counts = self.device_counts.view[:, :, first:keep].flatten(0, 1)
-        scatter = page_scatter(pages[:, :, 0], pages[:, :, 1], counts)
-        return scatter.reshape(*self.page_ids.view.shape[:2], *scatter.shape[1:])
 
     def _pages_until(self, position: int) -> int:
         return max((pages for stop, pages in self.segments if stop <= position), default=0)

@@ -10,12 +10,20 @@ from torch import Tensor
 from wavekv.index import page_scatter
 from wavekv.kvstore import GrowingTensor
 
+_TOKENS_PER_DIM = 16
+"""The least tokens of a span for each dimension: more than the fit needs, and a bound on memory."""
+
+
+def pages_of_span(segment: int, page_size: int, head_dim: int) -> int:
+    """Pages of a span: a segment's, so that the scatter follows where the text goes, but never so
+    few that its 8 D^2 bytes exceed an eighth of those of bfloat16 pages."""
+    return max(segment, _TOKENS_PER_DIM * head_dim) // page_size
+
 
 class SpanScatter:
     """Scatter [B, Hkv, S, 2, D, D] float32, summed over each span of `span_pages` pages in a row.
 
-    The last span may be short; it grows until it is full. A span is as long as a segment, so that
-    the scatter costs little memory beside the pages and still follows where the text goes.
+    The last span may be short; it grows until it is full.
     """
 
     def __init__(self, like: Tensor, span_pages: int) -> None:

@@ -28,7 +28,7 @@ class OffloadConfig:
     min_budget: int = 64
     """The floor under a share or `top_p`: short contexts retrieve at least this many tokens. A
     `budget` given as a count goes before it."""
-    refine: int = 16
+    refine: int = 32
     """Pages ranked again by quantised keys, as a multiple of the budget; 1 ranks by means alone."""
     tail_estimate: Literal["none", "first", "second"] = "second"
     """What stands for pages not retrieved: nothing, the means of their keys and values, or also

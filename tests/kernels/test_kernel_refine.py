@@ -27,13 +27,13 @@ def make_pages(
         poisoned.reshape(rows, pages, page_size, width),
         mean.reshape(rows, pages, width),
         counts.reshape(rows, pages),
-        dtype=dtype,
     )
     return {
         "keys": keys,
         "mean": mean,
-        "codes": made.codes.reshape(*shape[:3], page_size, width // 2),
+        "codes": made.codes.reshape(*shape[:3], -1, page_size, 4),
         "code_scale": made.scale.reshape(*shape[:3], page_size),
+        "page_scale": made.page_scale.reshape(shape[:3]),
         "counts": counts,
     }
 
@@ -43,10 +43,10 @@ def make_pages(
         st.integers(1, 2),
         st.integers(1, 3),
         st.sampled_from([1, 5, 33]),
-        st.sampled_from([8, 20, 64, 80]),
+        st.sampled_from([3, 8, 20, 64, 80]),
     ),
     group=st.integers(1, 4),
-    page_size=st.integers(1, 9),
+    page_size=st.sampled_from([1, 2, 3, 4, 8, 9, 16, 32]),
     num_candidates=st.integers(0, 7),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     softcap=st.sampled_from([None, 5.0]),
@@ -63,14 +63,18 @@ def test_refine_equals_reference(
     order = torch.rand(batch, kv_heads, num_pages, generator=rng).argsort(-1)
     candidates = order[..., :num_candidates].clone()
     candidates[..., num_candidates // 2 :] = -1
-    names = ("mean", "codes", "code_scale", "counts")
+    names = ("mean", "codes", "code_scale", "page_scale", "counts")
     arguments = query, log_mass, shift, *(pages[name] for name in names), candidates
     results = []
     for backend in ("numba", "torch"):
         with use_backend(backend):
             results.append(refine(*arguments, scale=0.3, softcap=softcap))
+    # where a component of the query lies halfway between two codes, either is right
+    step = 0.3 * query.abs().amax() / 127 * pages["page_scale"].amax() * 7
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 + 2 * float(step))
+        is_close = torch.isclose(got, want, rtol=1e-4, atol=1e-4)
+        assert (~is_close).sum() <= 0.01 * got.numel() + 1
     is_candidate = torch.zeros(batch, kv_heads, num_pages + 1, dtype=torch.bool)
     is_candidate.scatter_(2, candidates.masked_fill(candidates < 0, num_pages), True)
     others = ~is_candidate[..., :num_pages].repeat_interleave(group, 1)
@@ -88,7 +92,7 @@ def test_refine_is_close_to_the_mass_of_the_exact_keys() -> None:
     plain = live / pages["counts"].clamp(min=1)[:, :, None, :, None]
     rise = ((weights - plain) * logits).sum(-1).flatten(1, 2)
     everything = torch.arange(40).expand(1, 2, 40).contiguous()
-    names = ("mean", "codes", "code_scale", "counts")
+    names = ("mean", "codes", "code_scale", "page_scale", "counts")
     parts = [pages[name] for name in names]
     nothing = torch.zeros(2, 1, 4, 40)
     refined, shift = refine(query, *nothing, *parts, everything, scale=0.125)
@@ -111,32 +115,43 @@ def test_refine_finds_a_key_that_its_page_hides() -> None:
         query = pages["keys"][0, 0, 77, 3][None, None] * 1.0
         mean = pages["keys"].mean(3)
         variance = pages["keys"].var(3, unbiased=False)
-        made = encode_keys(pages["keys"][0], mean[0], counts[0], dtype=torch.float32)
+        made = encode_keys(pages["keys"][0], mean[0], counts[0])
         log_mass, shift = score(query, mean, variance, counts, scale=0.25)
         found["means"] += 77 in select(log_mass, 1, max_pages=5)
         candidates = select(log_mass, 1, max_pages=256)
-        parts = mean, made.codes[None], made.scale[None], counts
+        parts = mean, made.codes[None], made.scale[None], made.page_scale[None], counts
         refined, _ = refine(query, log_mass, shift, *parts, candidates, scale=0.25)
         found["codes"] += 77 in select(refined, 1, max_pages=5)
     assert found["codes"] >= 18
     assert found["means"] < found["codes"]
 
 
-@pytest.mark.parametrize("name", ["codes", "code_scale", "counts", "candidates", "shift"])
+@pytest.mark.parametrize(
+    "name", ["codes", "code_scale", "page_scale", "counts", "candidates", "shift"]
+)
 def test_wrong_shapes_are_named(name: str) -> None:
     pages = make_pages(0, (1, 2, 4, 8), 4, torch.float32)
     pages["candidates"] = torch.zeros(1, 2, 1, dtype=torch.int64)
     log_mass, pages["shift"] = torch.zeros(2, 1, 4, 4)
     pages[name] = pages[name][:, :1]
-    names = ("shift", "mean", "codes", "code_scale", "counts", "candidates")
+    names = ("shift", "mean", "codes", "code_scale", "page_scale", "counts", "candidates")
     arguments = [pages[key] for key in names]
     with pytest.raises(ValueError, match=f"{name} must be"):
         refine(torch.randn(1, 4, 8), log_mass, *arguments, scale=1.0)
 
 
+def test_codes_in_another_order_are_refused() -> None:
+    pages = make_pages(0, (1, 2, 4, 16), 4, torch.float32)
+    pages["codes"] = pages["codes"].mT.contiguous().mT
+    arguments = [pages[key] for key in ("mean", "codes", "code_scale", "page_scale", "counts")]
+    candidates = torch.zeros(1, 2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="codes must have 3 contiguous last dimensions"):
+        refine(torch.randn(1, 4, 16), *torch.zeros(2, 1, 4, 4), *arguments, candidates, scale=1.0)
+
+
 def test_masses_of_other_heads_are_named() -> None:
     pages = make_pages(0, (1, 2, 4, 8), 4, torch.float32)
-    arguments = [pages[key] for key in ("mean", "codes", "code_scale", "counts")]
+    arguments = [pages[key] for key in ("mean", "codes", "code_scale", "page_scale", "counts")]
     candidates = torch.zeros(1, 2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="Hq=4 heads of query, got 2"):
         refine(torch.randn(1, 4, 8), *torch.zeros(2, 1, 2, 4), *arguments, candidates, scale=1.0)

@@ -36,6 +36,14 @@ def expect_rows(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have a contiguous last dimension, got {tensor.stride()}")
 
 
+def expect_inner(name: str, tensor: Tensor, dims: int) -> None:
+    """The last `dims` dimensions are contiguous."""
+    if tensor.numel() and not tensor[(0,) * (tensor.dim() - dims)].is_contiguous():
+        raise ValueError(
+            f"{name} must have {dims} contiguous last dimensions, got strides {tensor.stride()}"
+        )
+
+
 def expect_heads(name: str, tensor: Tensor, batch: int, kv_heads: int, last: int) -> None:
     """The tensor is [B, Hq, last] of a float dtype, and Hq is a multiple of Hkv."""
     shape = tensor.shape

@@ -77,6 +77,7 @@ def refine(
     mean: Tensor,
     codes: Tensor,
     code_scale: Tensor,
+    page_scale: Tensor,
     counts: Tensor,
     candidates: Tensor,
     *,
@@ -84,7 +85,7 @@ def refine(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = mean.shape
-    page_size, num_candidates = codes.shape[3], candidates.shape[2]
+    page_size, num_candidates = code_scale.shape[3], candidates.shape[2]
     query, candidates = _float32(query), candidates.contiguous()
     refined, shifted = (
         x.float().clone(memory_format=torch.contiguous_format) for x in (log_mass, shift)
@@ -94,7 +95,7 @@ def refine(
         batch * kv_heads * num_candidates * page_size,
         *(batch, kv_heads, _splits(batch * kv_heads, num_candidates * page_size)),
         *(query.shape[1] // kv_heads, width, page_size, pages, num_candidates, query.data_ptr()),
-        *(_view(mean), _view(codes), _view(code_scale), _view(counts)),
+        *(_view(mean), _view(codes), _view(code_scale), _view(page_scale), _view(counts)),
         *(candidates.data_ptr(), np.float32(scale), np.float32(softcap or 0.0)),
         *(refined.data_ptr(), shifted.data_ptr()),
     )

@@ -61,6 +61,7 @@ def _pointer(element: Any, llvm_element: Any) -> Any:
     return _cast(types.intp, types.CPointer(element), lambda b, x: b.inttoptr(x, pointer))
 
 
+int8_at = _pointer(types.int8, ir.IntType(8))
 uint8_at = _pointer(types.uint8, ir.IntType(8))
 uint16_at = _pointer(types.uint16, ir.IntType(16))
 int32_at = _pointer(types.int32, ir.IntType(32))

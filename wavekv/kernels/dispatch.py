@@ -91,6 +91,7 @@ def refine(
     mean: Tensor,
     codes: Tensor,
     code_scale: Tensor,
+    page_scale: Tensor,
     counts: Tensor,
     candidates: Tensor,
     *,
@@ -100,22 +101,21 @@ def refine(
     """Replace the estimated mass and shift of candidate pages by what their quantised keys give.
 
     A mean hides a single key that fits the query among others that do not; codes of each key show
-    it. Key p of a page is mean + code_scale[p] * (code - 8), with codes in 0..15. The shift is the
-    mean logit of these keys, before the cap, weighted by their mass, less the plain mean.
+    it. Key p of a page is mean + page_scale * code_scale[p] / 255 * (code - 8), code in 0..15.
+    The shift is the mean logit of these keys, before the cap, weighted by their mass, less the
+    plain mean. For the codes, not for the mean, the query is rounded to int8: an error of at most
+    1/254 of its largest component, far below that of the codes.
 
     query: [B, Hq, D]. log_mass, shift: [B, Hq, N] as from `score`. mean: [B, Hkv, N, D]. codes:
-    [B, Hkv, N, P, D / 2] uint8, contiguous from P on: byte d holds dimension d in its low and
-    d + D / 2 in its high four bits. code_scale: [B, Hkv, N, P]. counts: [B, Hkv, N] int32, tokens
+    [B, Hkv, N, W / 8, P, 4] uint8, contiguous from W / 8 on, W the dimensions rounded up to a
+    multiple of 8: byte [g, p, i] holds dimension 4 g + i of key p in its low and W / 2 + 4 g + i in
+    its high four bits. code_scale: [B, Hkv, N, P] uint8, contiguous in P. page_scale: [B, Hkv, N]
+    float32. counts: [B, Hkv, N] int32, tokens
     in each page. candidates: [B, Hkv, C] int64 pages in any order, none twice, -1 for nothing.
     Returns log_mass and shift, both [B, Hq, N] float32 and new; only candidates differ.
     """
     checks.expect_stored("mean", mean)
     shape = tuple(mean.shape)
-    if codes.dim() != 5 or shape[3] % 2:
-        raise ValueError(
-            f"codes must be [B, Hkv, N, P, D / 2] of an even D, got {tuple(codes.shape)} for "
-            f"D = {shape[3]}"
-        )
     checks.expect_heads("query", query, shape[0], shape[1], shape[3])
     checks.expect_heads("log_mass", log_mass, shape[0], shape[1], shape[2])
     if log_mass.shape[1] != query.shape[1]:
@@ -123,15 +123,18 @@ def refine(
             f"log_mass must be of the Hq={query.shape[1]} heads of query, got {log_mass.shape[1]}"
         )
     checks.expect_shift(shift, log_mass)
-    page_size = codes.shape[3]
-    checks.expect("codes", codes, (*shape[:3], page_size, shape[3] // 2), torch.uint8, like=mean)
-    checks.expect("code_scale", code_scale, (*shape[:3], page_size), *STORED_DTYPES, like=mean)
+    page_size = code_scale.shape[-1]
+    packed = (*shape[:3], (shape[3] + 7) // 8, page_size, 4)
+    checks.expect("codes", codes, packed, torch.uint8, like=mean)
+    checks.expect("code_scale", code_scale, (*shape[:3], page_size), torch.uint8, like=mean)
+    checks.expect("page_scale", page_scale, shape[:3], torch.float32, like=mean)
     checks.expect_rows("code_scale", code_scale)
+    checks.expect_inner("codes", codes, 3)
     checks.expect("counts", counts, shape[:3], torch.int32, like=mean)
     expected = (*shape[:2], candidates.shape[-1])
     checks.expect("candidates", candidates, expected, torch.int64, like=mean)
     checks.expect_softcap(softcap)
-    pages = mean, codes, code_scale, counts, candidates
+    pages = mean, codes, code_scale, page_scale, counts, candidates
     run = _backend(query, log_mass, shift, mean).refine
     refined: tuple[Tensor, Tensor] = run(
         query, log_mass, shift, *pages, scale=scale, softcap=softcap

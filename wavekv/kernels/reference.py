@@ -58,26 +58,28 @@ def refine(
     mean: Tensor,
     codes: Tensor,
     code_scale: Tensor,
+    page_scale: Tensor,
     counts: Tensor,
     candidates: Tensor,
     *,
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    Hkv, P = codes.shape[1], codes.shape[3]
+    Hkv, P = code_scale.shape[1], code_scale.shape[3]
     index = candidates.clamp(min=0)
 
     def of_candidates(x: Tensor) -> Tensor:
         shape = index.shape + (1,) * (x.dim() - 3)
         return x.gather(2, index.view(shape).expand(*index.shape, *x.shape[3:]))
 
-    packed = of_candidates(codes).int()
-    # [B, Hkv, C, P, D]
-    residual = torch.cat([packed & 15, packed >> 4], dim=-1).float() - 8
-    residual = residual * of_candidates(code_scale).float().unsqueeze(-1)
+    halves = torch.stack([of_candidates(codes) & 15, of_candidates(codes) >> 4], 3).float() - 8
+    # [B, Hkv, C, 2, W / 8, P, 4] -> [B, Hkv, C, P, D]
+    residual = halves.movedim(5, 3).flatten(4)[..., : query.shape[-1]]
+    step = of_candidates(page_scale).unsqueeze(-1) * of_candidates(code_scale) / 255
+    residual = residual * step.unsqueeze(-1)
     q = _by_group(query, Hkv) * scale
     # how far each key's logit lies from that of its page's mean
-    offset = torch.einsum("bhgd,bhcpd->bhgcp", q, residual)
+    offset = torch.einsum("bhgd,bhcpd->bhgcp", _rounded_to_int8(q), residual)
     logits = offset + torch.einsum("bhgd,bhcd->bhgc", q, of_candidates(mean).float()).unsqueeze(-1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -229,6 +231,13 @@ def _attend(
         logits = softcap * torch.tanh(logits / softcap)
     weights, lse = _softmax(logits.masked_fill(~live.unsqueeze(2), -torch.inf))
     return _weigh(weights, values), lse
+
+
+def _rounded_to_int8(query: Tensor) -> Tensor:
+    """query [..., D] as integers from -127 to 127 times a scale for each query."""
+    largest = query.abs().amax(-1, keepdim=True)
+    safe = largest.masked_fill(largest == 0, 1.0)
+    return (query / safe * 127).round() * (largest / 127)
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:

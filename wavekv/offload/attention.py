@@ -124,6 +124,7 @@ def _choose(
             mean,
             paged.codes.view,
             paged.code_scale.view,
+            paged.page_scale.view,
             counts,
             candidates,
             scale=scale,

@@ -106,7 +106,7 @@ def build_segment(
     paged_keys, paged_values = (x.gather(1, rows).reshape(R, N, P, D) for x in (k, v))
     counts = _page_counts(valid, B, N, P, keys.device).repeat_interleave(H, 0)
     statistics = page_statistics(paged_keys, paged_values, counts, dtype=keys.dtype)
-    quantised = encode_keys(paged_keys, statistics.mean, counts, dtype=keys.dtype)
+    quantised = encode_keys(paged_keys, statistics.mean, counts)
     scatter = scatter_by_span(
         paged_keys, paged_values, counts, first_page=first_page, span_pages=span_pages
     )
@@ -124,8 +124,9 @@ def build_segment(
         mean=statistics.mean.reshape(B, H, N, D),
         variance=statistics.variance.reshape(B, H, N, D),
         value_mean=statistics.value_mean.reshape(B, H, N, D),
-        codes=quantised.codes.reshape(B, H, N, P, D // 2),
+        codes=quantised.codes.reshape(B, H, N, -1, P, 4),
         code_scale=quantised.scale.reshape(B, H, N, P),
+        page_scale=quantised.page_scale.reshape(B, H, N),
         scatter=scatter.reshape(B, H, -1, 2, D, D),
     )
 

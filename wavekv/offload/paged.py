@@ -37,9 +37,11 @@ class SegmentPages:
     value_mean: Tensor
     """[B, Hkv, n, D] mean value, device."""
     codes: Tensor
-    """[B, Hkv, n, P, D / 2] uint8 quantised keys, device (see `encode_keys`)."""
+    """[B, Hkv, n, W / 8, P, 4] uint8 quantised keys, device (see `KeyCodes`)."""
     code_scale: Tensor
-    """[B, Hkv, n, P] their scales, device."""
+    """[B, Hkv, n, P] uint8 their scales, device."""
+    page_scale: Tensor
+    """[B, Hkv, n] float32 scales of each page's codes, device."""
     scatter: Tensor
     """[B, Hkv, m, 2, D, D] within-page scatter of each span touched, device (`scatter_by_span`)."""
 
@@ -54,6 +56,7 @@ _PARTS = (
     "value_mean",
     "codes",
     "code_scale",
+    "page_scale",
 )
 """What a segment and a zone have for each page."""
 
@@ -76,8 +79,10 @@ class PagedZone:
         self.mean, self.variance, self.value_mean = (
             GrowingTensor(like.new_empty(*shape, D), dim=2) for _ in range(3)
         )
-        self.codes = GrowingTensor(like.new_empty(*shape, P, D // 2, dtype=torch.uint8), dim=2)
-        self.code_scale = GrowingTensor(like.new_empty(*shape, P), dim=2)
+        empty_codes = like.new_empty(*shape, -(-D // 8), P, 4, dtype=torch.uint8)
+        self.codes = GrowingTensor(empty_codes, dim=2)
+        self.code_scale = GrowingTensor(like.new_empty(*shape, P, dtype=torch.uint8), dim=2)
+        self.page_scale = GrowingTensor(like.new_empty(shape, dtype=torch.float32), dim=2)
         self.scatter = SpanScatter(like, span_pages)
 
     def __del__(self) -> None:
@@ -97,8 +102,9 @@ class PagedZone:
     @property
     def statistics_nbytes(self) -> int:
         """Bytes of the index: what the device keeps of every page to rank and estimate it."""
-        pages = self.mean, self.variance, self.value_mean, self.codes, self.code_scale
-        return sum(part.nbytes for part in (*pages, self.scatter.spans))
+        statistics = self.mean, self.variance, self.value_mean, self.scatter.spans
+        codes = self.codes, self.code_scale, self.page_scale
+        return sum(part.nbytes for part in (*statistics, *codes))
 
     def allocate(self, num_pages: int) -> Tensor:
         """Ids [num_pages] for the pages of a later segment, held until `append` or `give_up`.

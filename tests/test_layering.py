@@ -17,10 +17,11 @@ import wavekv
 ROOT = Path(__file__).resolve().parents[1]
 
 # part -> the other parts it may import. "wavekv" is the root module itself: the version string.
-COMMON = {"config", "errors", "wavekv"}
+COMMON = {"config", "errors", "growing", "wavekv"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "kernels": set(),
+    "growing": set(),
     "demo": {"errors"},
     "config": {"errors"},
     "index": {"kernels"} | COMMON,

@@ -23,3 +23,23 @@ class CacheError(WavekvError, RuntimeError):
 
 class LayoutError(WavekvError, ValueError):
     """Raised when a tensor or file has another shape, dtype, device or format than expected."""
+
+
+class InputError(WavekvError, ValueError):
+    """Raised when keys, queries or numbers have a shape or value that an index does not accept."""
+
+
+class DtypeError(WavekvError, TypeError):
+    """Raised when keys or queries are of a type that an index does not hold."""
+
+
+class ClosedError(WavekvError, RuntimeError):
+    """Raised when an index is used after `close`."""
+
+
+class ReadOnlyError(WavekvError, RuntimeError):
+    """Raised when an index that is mapped from files is to change."""
+
+
+class IndexFormatError(WavekvError, ValueError):
+    """Raised when files are not an index, are damaged, or were written by a newer version."""

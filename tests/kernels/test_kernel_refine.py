@@ -64,7 +64,7 @@ def test_refine_equals_reference(
     candidates = order[..., :num_candidates].clone()
     candidates[..., num_candidates // 2 :] = -1
     names = ("mean", "codes", "code_scale", "page_scale", "counts")
-    arguments = query, log_mass, shift, *(pages[name] for name in names), candidates
+    arguments = query, query, log_mass, shift, *(pages[name] for name in names), candidates
     results = []
     for backend in ("numba", "torch"):
         with use_backend(backend):
@@ -95,7 +95,7 @@ def test_refine_is_close_to_the_mass_of_the_exact_keys() -> None:
     names = ("mean", "codes", "code_scale", "page_scale", "counts")
     parts = [pages[name] for name in names]
     nothing = torch.zeros(2, 1, 4, 40)
-    refined, shift = refine(query, *nothing, *parts, everything, scale=0.125)
+    refined, shift = refine(query, query, *nothing, *parts, everything, scale=0.125)
     held = truth > -torch.inf
     assert torch.equal(refined > -torch.inf, held)
     assert (refined - truth)[held].abs().max() < 0.25
@@ -120,7 +120,7 @@ def test_refine_finds_a_key_that_its_page_hides() -> None:
         found["means"] += 77 in select(log_mass, 1, max_pages=5)
         candidates = select(log_mass, 1, max_pages=256)
         parts = mean, made.codes[None], made.scale[None], made.page_scale[None], counts
-        refined, _ = refine(query, log_mass, shift, *parts, candidates, scale=0.25)
+        refined, _ = refine(query, query, log_mass, shift, *parts, candidates, scale=0.25)
         found["codes"] += 77 in select(refined, 1, max_pages=5)
     assert found["codes"] >= 18
     assert found["means"] < found["codes"]
@@ -137,7 +137,7 @@ def test_wrong_shapes_are_named(name: str) -> None:
     names = ("shift", "mean", "codes", "code_scale", "page_scale", "counts", "candidates")
     arguments = [pages[key] for key in names]
     with pytest.raises(ValueError, match=f"{name} must be"):
-        refine(torch.randn(1, 4, 8), log_mass, *arguments, scale=1.0)
+        refine(*torch.randn(2, 1, 4, 8), log_mass, *arguments, scale=1.0)
 
 
 def test_codes_in_another_order_are_refused() -> None:
@@ -145,13 +145,15 @@ def test_codes_in_another_order_are_refused() -> None:
     pages["codes"] = pages["codes"].mT.contiguous().mT
     arguments = [pages[key] for key in ("mean", "codes", "code_scale", "page_scale", "counts")]
     candidates = torch.zeros(1, 2, 1, dtype=torch.int64)
+    queries, pages_like = torch.randn(2, 1, 4, 16), torch.zeros(2, 1, 4, 4)
     with pytest.raises(ValueError, match="codes must have 3 contiguous last dimensions"):
-        refine(torch.randn(1, 4, 16), *torch.zeros(2, 1, 4, 4), *arguments, candidates, scale=1.0)
+        refine(*queries, *pages_like, *arguments, candidates, scale=1.0)
 
 
 def test_masses_of_other_heads_are_named() -> None:
     pages = make_pages(0, (1, 2, 4, 8), 4, torch.float32)
     arguments = [pages[key] for key in ("mean", "codes", "code_scale", "page_scale", "counts")]
     candidates = torch.zeros(1, 2, 1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="Hq=4 heads of query, got 2"):
-        refine(torch.randn(1, 4, 8), *torch.zeros(2, 1, 2, 4), *arguments, candidates, scale=1.0)
+    queries, pages_like = torch.randn(2, 1, 4, 8), torch.zeros(2, 1, 2, 4)
+    with pytest.raises(ValueError, match="Hq=4 heads of query, got"):
+        refine(*queries, *pages_like, *arguments, candidates, scale=1.0)

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wavekv.config import OffloadConfig
-from wavekv.offload.budget import cut_segments, page_limits
+from wavekv.index.segments import cut_segments
+from wavekv.offload.budget import page_limits
 
 CONFIGS = st.builds(
     OffloadConfig,

@@ -9,7 +9,7 @@ import torch
 from offload_cases import D, Tokens, feed, new_context, plain_attention, prefill
 
 from wavekv.errors import CapacityError
-from wavekv.kvstore import GrowingTensor
+from wavekv.growing import GrowingTensor
 from wavekv.offload import LayerContext, context, paged
 
 PAGE_BYTES = 2 * 4 * D * 4

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wavekv.index.params import BLOCK_PAGES
+
 _LEVELS = 7
 """Key codes run from -7 to 7, stored with 8 added."""
 _SCALE_LEVELS = 255
 _MEAN_LEVELS = 127
 """Mean codes run from -127 to 127, stored with 128 added."""
-MEANS_PER_BLOCK = 16
 
 
 class KeyCodes(NamedTuple):
@@ -91,7 +92,7 @@ def encode_means(mean: Tensor) -> MeanCodes:
     scale = mean.abs().amax(-1) / _MEAN_LEVELS
     step = scale.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     codes = ((mean / step).round().clamp(-_MEAN_LEVELS, _MEAN_LEVELS) + 128).to(torch.uint8)
-    blocks = codes.view(R, N // MEANS_PER_BLOCK, MEANS_PER_BLOCK, -1, 4).transpose(2, 3)
+    blocks = codes.view(R, N // BLOCK_PAGES, BLOCK_PAGES, -1, 4).transpose(2, 3)
     return MeanCodes(blocks.contiguous(), scale)
 
 

@@ -3,6 +3,7 @@
 `reference` is the readable torch definition, `dispatch` picks the backend. No numba loads here.
 """
 
+from wavekv.kernels.backend import use_backend
 from wavekv.kernels.dispatch import (
     attend_dense,
     attend_pages,
@@ -11,9 +12,9 @@ from wavekv.kernels.dispatch import (
     refine,
     score,
     select,
-    use_backend,
     value_slope,
 )
+from wavekv.kernels.search import score_means, search_pages, top_pages
 
 __all__ = [
     "attend_dense",
@@ -22,7 +23,10 @@ __all__ = [
     "merge_state",
     "refine",
     "score",
+    "score_means",
+    "search_pages",
     "select",
+    "top_pages",
     "use_backend",
     "value_slope",
 ]

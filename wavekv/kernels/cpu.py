@@ -3,11 +3,8 @@
 Arguments are taken as validated by `dispatch`. Pages, keys and statistics are read in place.
 """
 
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,26 +16,10 @@ from wavekv.kernels import (
     cpu_pages,
     cpu_refine,
     cpu_score,
+    cpu_search,
     cpu_select,
 )
-from wavekv.kernels.cpu_math import BFLOAT16, FLOAT16, FLOAT32
-
-_DTYPE_CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-_NO_VIEW = (0, 0, 0, 0, 0)
-
-# numba's workqueue threading layer crashes when two threads launch at once.
-_LAUNCH = threading.Lock()
-
-# numba's OpenMP layer shares libgomp with torch, and as it starts (here) it sets torch's thread
-# count.
-_torch_threads = torch.get_num_threads()
-numba.get_num_threads()
-torch.set_num_threads(_torch_threads)
-
-# A launch is cut into at most so many tasks (more where there are more heads), enough to keep a
-# large machine busy, and each task gets at least so many rows, enough to pay for joining it.
-_MAX_TASKS = 128
-_MIN_ROWS = 256
+from wavekv.kernels.cpu_launch import DTYPE_CODES, NO_VIEW, float32, launch, splits, view
 
 # Selecting costs about as much for so many log masses as the other kernels cost for one row.
 _SELECT_ROWS = 16
@@ -57,14 +38,14 @@ def score(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = mean.shape
-    query = _float32(query)
+    query = float32(query)
     log_mass, shift = (torch.empty(batch, query.shape[1], pages) for _ in range(2))
-    _launch(
+    launch(
         cpu_score.score,
         batch * kv_heads * pages,
-        *(batch, kv_heads, _splits(batch * kv_heads, pages), query.shape[1] // kv_heads),
-        *(width, pages, query.data_ptr(), _view(mean)),
-        *(_NO_VIEW if variance is None else _view(variance), _view(counts)),
+        *(batch, kv_heads, splits(batch * kv_heads, pages), query.shape[1] // kv_heads),
+        *(width, pages, query.data_ptr(), view(mean)),
+        *(NO_VIEW if variance is None else view(variance), view(counts)),
         *(np.float32(scale), np.float32(softcap or 0.0), log_mass.data_ptr(), shift.data_ptr()),
     )
     return log_mass, shift
@@ -72,6 +53,7 @@ def score(
 
 def refine(
     query: Tensor,
+    code_query: Tensor,
     log_mass: Tensor,
     shift: Tensor,
     mean: Tensor,
@@ -86,16 +68,18 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = mean.shape
     page_size, num_candidates = code_scale.shape[3], candidates.shape[2]
-    query, candidates = _float32(query), candidates.contiguous()
+    query, code_query = float32(query), float32(code_query)
+    candidates = candidates.contiguous()
     refined, shifted = (
         x.float().clone(memory_format=torch.contiguous_format) for x in (log_mass, shift)
     )
-    _launch(
+    launch(
         cpu_refine.refine,
         batch * kv_heads * num_candidates * page_size,
-        *(batch, kv_heads, _splits(batch * kv_heads, num_candidates * page_size)),
-        *(query.shape[1] // kv_heads, width, page_size, pages, num_candidates, query.data_ptr()),
-        *(_view(mean), _view(codes), _view(code_scale), _view(page_scale), _view(counts)),
+        *(batch, kv_heads, splits(batch * kv_heads, num_candidates * page_size)),
+        *(query.shape[1] // kv_heads, width, code_query.shape[2], page_size, pages),
+        *(num_candidates, query.data_ptr(), code_query.data_ptr()),
+        *(view(mean), view(codes), view(code_scale), view(page_scale), view(counts)),
         *(candidates.data_ptr(), np.float32(scale), np.float32(softcap or 0.0)),
         *(refined.data_ptr(), shifted.data_ptr()),
     )
@@ -111,9 +95,9 @@ def select(
     top_p: float | None = None,
 ) -> Tensor:
     batch, heads, pages = log_mass.shape
-    log_mass = _float32(log_mass)
+    log_mass = float32(log_mass)
     page_index = torch.empty(batch, num_kv_heads, min(max_pages, pages), dtype=torch.int64)
-    _launch(
+    launch(
         cpu_select.select,
         batch * heads * pages // _SELECT_ROWS,
         *(batch * num_kv_heads, heads // num_kv_heads, pages, page_index.shape[2], min_pages),
@@ -133,15 +117,15 @@ def attend_pages(
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages = page_ids.shape
     chunk_pages, _, page_size, width = chunks[0].shape
-    query, page_ids, counts = _float32(query), page_ids.contiguous(), counts.contiguous()
+    query, page_ids, counts = float32(query), page_ids.contiguous(), counts.contiguous()
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
-    splits = min(_splits(batch * kv_heads, pages * page_size), pages)
-    in_range = _launch(
+    parts = min(splits(batch * kv_heads, pages * page_size), pages)
+    in_range = launch(
         cpu_pages.attend_pages,
         batch * kv_heads * pages * page_size,
-        *(batch * kv_heads, splits, query.shape[1] // kv_heads, width, pages, query.data_ptr()),
+        *(batch * kv_heads, parts, query.shape[1] // kv_heads, width, pages, query.data_ptr()),
         *(np.array([chunk.data_ptr() for chunk in chunks], np.int64), chunk_pages, page_size),
-        *(_DTYPE_CODES[chunks[0].dtype], page_ids.data_ptr(), counts.data_ptr()),
+        *(DTYPE_CODES[chunks[0].dtype], page_ids.data_ptr(), counts.data_ptr()),
         *(np.float32(scale), np.float32(softcap or 0.0), out.data_ptr(), lse.data_ptr()),
     )
     if not in_range:
@@ -162,15 +146,15 @@ def attend_dense(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, tokens, width = keys.shape
-    query = _float32(query)
+    query = float32(query)
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
     if valid is not None:
         valid = valid.contiguous()
-    _launch(
+    launch(
         cpu_dense.attend_dense,
         batch * kv_heads * tokens,
-        *(batch, kv_heads, _splits(batch * kv_heads, tokens), query.shape[1] // kv_heads),
-        *(width, tokens, query.data_ptr(), _view(keys), _view(values)),
+        *(batch, kv_heads, splits(batch * kv_heads, tokens), query.shape[1] // kv_heads),
+        *(width, tokens, query.data_ptr(), view(keys), view(values)),
         *(0 if valid is None else valid.data_ptr(), np.float32(scale), np.float32(softcap or 0.0)),
         *(out.data_ptr(), lse.data_ptr()),
     )
@@ -187,16 +171,16 @@ def estimate(
     span_pages: int = 1,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages, width = value_mean.shape
-    log_mass, selected = _float32(log_mass), selected.contiguous()
+    log_mass, selected = float32(log_mass), selected.contiguous()
     # named, so that they live as long as the kernel reads at their addresses
-    lean = () if shift is None or slope is None else (_float32(shift), slope.contiguous())
+    lean = () if shift is None or slope is None else (float32(shift), slope.contiguous())
     heads = log_mass.shape[1]
     out, lse = torch.empty(batch, heads, width), torch.empty(batch, heads)
-    _launch(
+    launch(
         cpu_estimate.estimate,
         batch * kv_heads * pages,
-        *(batch, kv_heads, _splits(batch * kv_heads, pages), heads // kv_heads, width, pages),
-        *(log_mass.data_ptr(), _view(value_mean), selected.data_ptr(), selected.shape[2]),
+        *(batch, kv_heads, splits(batch * kv_heads, pages), heads // kv_heads, width, pages),
+        *(log_mass.data_ptr(), view(value_mean), selected.data_ptr(), selected.shape[2]),
         *(tuple(tensor.data_ptr() for tensor in lean) or (0, 0)),
         *(span_pages, out.data_ptr(), lse.data_ptr()),
     )
@@ -206,9 +190,9 @@ def estimate(
 def merge_state(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    out_a, lse_a, out_b, lse_b = map(_float32, (out_a, lse_a, out_b, lse_b))
+    out_a, lse_a, out_b, lse_b = map(float32, (out_a, lse_a, out_b, lse_b))
     out, lse = torch.empty(out_a.shape), torch.empty(lse_a.shape)
-    _launch(
+    launch(
         cpu_merge.merge_serial if out.numel() < _MERGE_SERIAL else cpu_merge.merge_parallel,
         lse.numel(),
         *(lse.numel(), out.shape[-1]),
@@ -217,34 +201,75 @@ def merge_state(
     return out, lse
 
 
-def _launch(kernel: Callable[..., Any], rows: int, *arguments: Any) -> Any:
-    """Run a kernel over so many rows in all, on no more threads than torch uses.
-
-    A small launch stays on the calling thread: waking the others takes longer, and far longer where
-    another process holds their cores. numba's own setting is left as it was.
-    """
-    most = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    with _LAUNCH:
-        before = numba.get_num_threads()
-        numba.set_num_threads(max(1, min(most, rows // _MIN_ROWS)))
-        try:
-            return kernel(*arguments)
-        finally:
-            numba.set_num_threads(before)
-
-
-def _splits(heads: int, rows: int) -> int:
-    """Into how many tasks to cut a KV head's rows: from shapes alone, never the thread count."""
-    return max(1, min(rows // _MIN_ROWS, _MAX_TASKS // max(heads, 1)))
+def score_means(
+    query: Tensor, codes: Tensor, scale: Tensor, *, num_threads: int | None = None
+) -> Tensor:
+    heads, num_queries, width = query.shape
+    pages = scale.shape[1]
+    means = torch.empty(heads, num_queries, pages)
+    query = float32(query)
+    launch(
+        cpu_search.score_means,
+        heads * num_queries * pages,
+        *(heads, num_queries, width, pages, query.data_ptr(), _part(codes), _part(scale)),
+        means.data_ptr(),
+        num_threads=num_threads,
+    )
+    return means
 
 
-def _float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
+def top_pages(rank: Tensor, count: int, *, num_threads: int | None = None) -> Tensor:
+    heads, num_queries, pages = rank.shape
+    rank = float32(rank)
+    chosen = torch.empty(heads, num_queries, min(count, pages), dtype=torch.int64)
+    launch(
+        cpu_search.top_pages,
+        heads * num_queries * pages // _SELECT_ROWS,
+        *(heads * num_queries, pages, chosen.shape[2], rank.data_ptr(), chosen.data_ptr()),
+        num_threads=num_threads,
+    )
+    return chosen
 
 
-def _view(tensor: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, dtype code (-1: no floats) and byte strides of the three outer dimensions."""
-    size = tensor.element_size()
-    stride = tensor.stride()
-    code = _DTYPE_CODES.get(tensor.dtype, -1)
-    return tensor.data_ptr(), code, stride[0] * size, stride[1] * size, stride[2] * size
+def search_pages(
+    query: Tensor,
+    code_query: Tensor,
+    means: Tensor,
+    chosen: Tensor,
+    codes: Tensor,
+    code_scale: Tensor,
+    page_scale: Tensor,
+    keys: Tensor,
+    ids: Tensor,
+    tail: Tensor,
+    *,
+    k: int,
+    num_candidates: int,
+    num_threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, num_queries, width = query.shape
+    pages, page_size = keys.shape[1:3]
+    query, code_query, means = (float32(x) for x in (query, code_query, means))
+    chosen = chosen.contiguous()
+    scores = torch.empty(heads, num_queries, k)
+    found = torch.empty(heads, num_queries, k, dtype=torch.int64)
+    counts = torch.empty(heads, num_queries, dtype=torch.int64)
+    row_bytes = keys.element_size()
+    key_part = (*_part(keys), DTYPE_CODES[keys.dtype], *(row_bytes * s for s in keys.stride()[1:3]))
+    tail_part = (*_part(tail), DTYPE_CODES[tail.dtype], tail.shape[1], row_bytes * tail.stride(1))
+    launch(
+        cpu_search.search_pages,
+        heads * num_queries * (chosen.shape[2] * page_size + tail.shape[1]),
+        *(heads, num_queries, width, codes.shape[2], page_size, pages, chosen.shape[2]),
+        *(num_candidates, k, query.data_ptr(), code_query.data_ptr(), means.data_ptr()),
+        *(chosen.data_ptr(), _part(codes), _part(code_scale), _part(page_scale), key_part),
+        *(_part(ids), tail_part, pages * page_size),
+        *(scores.data_ptr(), found.data_ptr(), counts.data_ptr()),
+        num_threads=num_threads,
+    )
+    return scores, found, counts
+
+
+def _part(tensor: Tensor) -> tuple[int, int]:
+    """Address, and bytes from head to head, of an index part [H, ...]."""
+    return tensor.data_ptr(), tensor.stride(0) * tensor.element_size()

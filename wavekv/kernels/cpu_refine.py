@@ -25,7 +25,6 @@ from wavekv.kernels.cpu_math import (
 )
 from wavekv.kernels.cpu_state import scaled_query
 
-
 _BLOCK = 64
 """Candidates worked on at once: what follows the inner products runs across pages, in vectors."""
 
@@ -109,10 +108,12 @@ def refine(
     splits: int,
     group: int,
     width: int,
+    code_width: int,
     page_size: int,
     pages: int,
     num_candidates: int,
     query: int,
+    code_query: int,
     mean: Any,
     codes: Any,
     code_scale: Any,
@@ -129,7 +130,7 @@ def refine(
     masses = carray(float32_at(log_mass), (batch * kv_heads, group, pages))
     shifts = carray(float32_at(shift), (batch * kv_heads, group, pages))
     chosen = carray(int64_at(candidates), (batch * kv_heads, num_candidates))
-    groups = (width + 7) // 8
+    groups = (code_width + 7) // 8
     for index in prange(batch * kv_heads * splits):
         task: Any = np.int64(index)
         head, split = task // splits, task % splits
@@ -138,7 +139,8 @@ def refine(
         planes = np.empty((group, 2, groups * page_size * 4), np.int8)
         units = np.empty(group, np.float32)
         centres = np.empty(group, np.int32)
-        _lay_out_group(q, page_size, planes, units, centres)
+        y = scaled_query(code_query + head * group * code_width * 4, group, code_width, scale)
+        _lay_out_group(y, page_size, planes, units, centres)
         # of the pages of a block
         page_ids = np.empty(_BLOCK, np.int64)
         held = np.ones(_BLOCK, np.int32)

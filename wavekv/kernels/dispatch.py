@@ -6,38 +6,17 @@ statistics are float32, bfloat16 or float16; the maths is float32. Results carry
 wrong shape, dtype or device is a ValueError that says what was expected and what came.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from wavekv.kernels import checks, reference
+from wavekv.kernels.backend import uses_numba
 from wavekv.kernels.checks import STORED_DTYPES
 
-Backend = Literal["auto", "torch", "numba"]
 State = tuple[Tensor, Tensor]
-
-_BACKEND: ContextVar[Backend] = ContextVar("wavekv_kernels_backend", default="auto")
-
-
-@contextmanager
-def use_backend(backend: Backend) -> Iterator[None]:
-    """Fix the backend inside a with block, for this thread; meant for tests and measurements.
-
-    "torch" is the reference, "numba" the CPU kernels (they refuse other devices), "auto" the
-    default.
-    """
-    if backend not in ("auto", "torch", "numba"):
-        raise ValueError(f'backend must be "auto", "torch" or "numba", got {backend!r}')
-    token = _BACKEND.set(backend)
-    try:
-        yield
-    finally:
-        _BACKEND.reset(token)
 
 
 def score(
@@ -86,6 +65,7 @@ def score(
 
 def refine(
     query: Tensor,
+    code_query: Tensor,
     log_mass: Tensor,
     shift: Tensor,
     mean: Tensor,
@@ -106,25 +86,28 @@ def refine(
     plain mean. For the codes, not for the mean, the query is rounded to int8: an error of at most
     1/254 of its largest component, far below that of the codes.
 
-    query: [B, Hq, D]. log_mass, shift: [B, Hq, N] as from `score`. mean: [B, Hkv, N, D]. codes:
-    [B, Hkv, N, W / 8, P, 4] uint8, contiguous from W / 8 on, W the dimensions rounded up to a
-    multiple of 8: byte [g, p, i] holds dimension 4 g + i of key p in its low and W / 2 + 4 g + i in
-    its high four bits. code_scale: [B, Hkv, N, P] uint8, contiguous in P. page_scale: [B, Hkv, N]
-    float32. counts: [B, Hkv, N] int32, tokens
-    in each page. candidates: [B, Hkv, C] int64 pages in any order, none twice, -1 for nothing.
+    query: [B, Hq, D]. code_query: [B, Hq, D'], the same query in the space of the codes; the query
+    itself where they have none of their own. log_mass, shift: [B, Hq, N] as from `score`. mean:
+    [B, Hkv, N, D]. codes: [B, Hkv, N, W / 8, P, 4] uint8, contiguous from W / 8 on, W being D'
+    rounded up to a multiple of 8: byte [g, p, i] holds dimension 4 g + i of key p in its low and
+    W / 2 + 4 g + i in its high four bits. code_scale: [B, Hkv, N, P] uint8, contiguous in P.
+    page_scale: [B, Hkv, N] float32. counts: [B, Hkv, N] int32, tokens in each page. candidates:
+    [B, Hkv, C] int64 pages in any order, none twice, -1 for nothing.
     Returns log_mass and shift, both [B, Hq, N] float32 and new; only candidates differ.
     """
     checks.expect_stored("mean", mean)
     shape = tuple(mean.shape)
     checks.expect_heads("query", query, shape[0], shape[1], shape[3])
     checks.expect_heads("log_mass", log_mass, shape[0], shape[1], shape[2])
-    if log_mass.shape[1] != query.shape[1]:
-        raise ValueError(
-            f"log_mass must be of the Hq={query.shape[1]} heads of query, got {log_mass.shape[1]}"
-        )
+    for name, part in (("log_mass", log_mass), ("code_query", code_query)):
+        if part.dim() != 3 or part.shape[1] != query.shape[1]:
+            raise ValueError(
+                f"{name} must be of the Hq={query.shape[1]} heads of query, got {tuple(part.shape)}"
+            )
     checks.expect_shift(shift, log_mass)
     page_size = code_scale.shape[-1]
-    packed = (*shape[:3], (shape[3] + 7) // 8, page_size, 4)
+    checks.expect_heads("code_query", code_query, shape[0], shape[1], code_query.shape[-1])
+    packed = (*shape[:3], (code_query.shape[-1] + 7) // 8, page_size, 4)
     checks.expect("codes", codes, packed, torch.uint8, like=mean)
     checks.expect("code_scale", code_scale, (*shape[:3], page_size), torch.uint8, like=mean)
     checks.expect("page_scale", page_scale, shape[:3], torch.float32, like=mean)
@@ -135,9 +118,9 @@ def refine(
     checks.expect("candidates", candidates, expected, torch.int64, like=mean)
     checks.expect_softcap(softcap)
     pages = mean, codes, code_scale, page_scale, counts, candidates
-    run = _backend(query, log_mass, shift, mean).refine
+    run = _backend(query, code_query, log_mass, shift, mean).refine
     refined: tuple[Tensor, Tensor] = run(
-        query, log_mass, shift, *pages, scale=scale, softcap=softcap
+        query, code_query, log_mass, shift, *pages, scale=scale, softcap=softcap
     )
     return refined
 
@@ -325,15 +308,8 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> S
 
 def _backend(*tensors: Tensor) -> ModuleType:
     """The module whose functions run for these tensors. numba loads on first use."""
-    device = tensors[0].device
-    for tensor in tensors:
-        if tensor.device != device:
-            raise ValueError(f"tensors must be on one device, got {device} and {tensor.device}")
-    name = _BACKEND.get()
-    if name == "torch" or (name == "auto" and device.type != "cpu"):
+    if not uses_numba(*tensors):
         return reference
-    if device.type != "cpu":
-        raise ValueError(f"the numba backend needs CPU tensors, got one on {device}")
     from wavekv.kernels import cpu
 
     return cpu

@@ -53,6 +53,7 @@ def score(
 
 def refine(
     query: Tensor,
+    code_query: Tensor,
     log_mass: Tensor,
     shift: Tensor,
     mean: Tensor,
@@ -74,12 +75,13 @@ def refine(
 
     halves = torch.stack([of_candidates(codes) & 15, of_candidates(codes) >> 4], 3).float() - 8
     # [B, Hkv, C, 2, W / 8, P, 4] -> [B, Hkv, C, P, D]
-    residual = halves.movedim(5, 3).flatten(4)[..., : query.shape[-1]]
+    residual = halves.movedim(5, 3).flatten(4)[..., : code_query.shape[-1]]
     step = of_candidates(page_scale).unsqueeze(-1) * of_candidates(code_scale) / 255
     residual = residual * step.unsqueeze(-1)
     q = _by_group(query, Hkv) * scale
+    rounded = rounded_to_int8(_by_group(code_query, Hkv) * scale)
     # how far each key's logit lies from that of its page's mean
-    offset = torch.einsum("bhgd,bhcpd->bhgcp", _rounded_to_int8(q), residual)
+    offset = torch.einsum("bhgd,bhcpd->bhgcp", rounded, residual)
     logits = offset + torch.einsum("bhgd,bhcd->bhgc", q, of_candidates(mean).float()).unsqueeze(-1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -233,7 +235,7 @@ def _attend(
     return _weigh(weights, values), lse
 
 
-def _rounded_to_int8(query: Tensor) -> Tensor:
+def rounded_to_int8(query: Tensor) -> Tensor:
     """query [..., D] as integers from -127 to 127 times a scale for each query."""
     largest = query.abs().amax(-1, keepdim=True)
     safe = largest.masked_fill(largest == 0, 1.0)

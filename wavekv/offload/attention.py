@@ -5,23 +5,14 @@ Each zone gives an attention state; states merge exactly (docs/architecture.md).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
-from wavekv.kernels import (
-    attend_dense,
-    attend_pages,
-    estimate,
-    merge_state,
-    refine,
-    score,
-    select,
-    value_slope,
-)
+from wavekv.index.retrieval import Logits, choose_pages, estimate_others
+from wavekv.kernels import attend_dense, attend_pages, merge_state
 from wavekv.kernels.block import attend_block
 from wavekv.offload.budget import page_limits
 from wavekv.offload.counters import Counters, StepChoice
@@ -30,14 +21,6 @@ from wavekv.offload.steady import SteadyZone
 from wavekv.offload.transfer import fetch_pages, stream_pages
 
 State = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """How a model makes logits of inner products."""
-
-    scale: float
-    softcap: float | None = None
 
 
 def attend_step(
@@ -60,15 +43,23 @@ def attend_step(
         return state
     if config.mode == "exact":
         return merge_state(*state, *_attend_all_pages(query, paged, logits, counters))
-    log_mass, shift, chosen = _choose(query, paged, page_limits(config, steady.end), logits, config)
-    counters.last_choice = StepChoice(log_mass, chosen)
-    retrieved, num_retrieved = _attend_chosen(query, paged, chosen, logits, counters)
+    least, most = page_limits(config, steady.end)
+    pages, use_second = paged.summary, config.tail_estimate == "second"
+    choice = choose_pages(
+        query,
+        query,
+        pages,
+        logits,
+        least=least,
+        most=most,
+        top_p=config.top_p,
+        num_candidates=most * config.refine,
+        use_variance=use_second,
+    )
+    counters.last_choice = StepChoice(choice.log_mass, choice.pages)
+    retrieved, num_retrieved = _attend_chosen(query, paged, choice.pages, logits, counters)
     state = merge_state(*state, *retrieved)
-    scatter, slope = paged.scatter, None
-    if config.tail_estimate == "second":
-        slope = value_slope(query, scatter.spans.view, scale=scale)
-    value_mean = paged.value_mean.view
-    tail = estimate(log_mass, value_mean, chosen, shift, slope, span_pages=scatter.span_pages)
+    tail = estimate_others(query, choice, pages, scale, use_slope=use_second)
     total = merge_state(*state, *tail)
     counters.record_step(num_retrieved, steady.end, tail[1], total[1])
     return state if config.tail_estimate == "none" else total
@@ -97,41 +88,6 @@ def attend_chunk(
         state = merge_state(*state, *attend(block.keys, block.values, valid=block.valid))
         counters.bytes_to_device += 2 * block.keys.nbytes
     return state
-
-
-def _choose(
-    query: Tensor,
-    paged: PagedZone,
-    limits: tuple[int, int],
-    logits: Logits,
-    config: OffloadConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log mass and shift [B, Hq, N] of all pages, and the pages to retrieve [B, Hkv, M] (-1
-    padded)."""
-    scale, softcap = logits.scale, logits.softcap
-    mean, counts = paged.mean.view, paged.device_counts.view
-    variance = paged.variance.view if config.tail_estimate == "second" else None
-    log_mass, shift = score(query, mean, variance, counts, scale=scale, softcap=softcap)
-    least, most = limits
-    heads = counts.shape[1]
-    if config.refine > 1 and most < paged.num_pages:
-        # a mean hides the key that stands out: pages whose keys lie far apart deserve a look first
-        candidates = select(log_mass + shift, heads, max_pages=most * config.refine)
-        log_mass, shift = refine(
-            query,
-            log_mass,
-            shift,
-            mean,
-            paged.codes.view,
-            paged.code_scale.view,
-            paged.page_scale.view,
-            counts,
-            candidates,
-            scale=scale,
-            softcap=softcap,
-        )
-    chosen = select(log_mass, heads, max_pages=most, min_pages=least, top_p=config.top_p)
-    return log_mass, shift, chosen
 
 
 def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters: Counters) -> State:

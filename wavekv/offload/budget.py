@@ -1,4 +1,4 @@
-"""How many pages a step may retrieve, and how a stretch of tokens is cut into segments (pure)."""
+"""How many pages a step may retrieve (pure)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,3 @@ def page_limits(config: OffloadConfig, num_tokens: int) -> tuple[int, int]:
     else:
         most = -(-config.budget // page)
     return min(floor, most), most
-
-
-def cut_segments(num_tokens: int, *, segment: int, smallest: int) -> list[int]:
-    """Cut `num_tokens` into segment lengths, longest first, all `smallest` times a power of two.
-
-    No length exceeds `segment`; what does not fill `smallest` is left out.
-    """
-    lengths = []
-    while num_tokens >= smallest:
-        length = min(segment, smallest << (num_tokens // smallest).bit_length() - 1)
-        lengths.append(length)
-        num_tokens -= length
-    return lengths

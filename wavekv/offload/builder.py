@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from wavekv.index import balanced_pages, encode_keys, page_statistics
+from wavekv.index.scatter import scatter_by_span
 from wavekv.kvstore import HostArena
 from wavekv.offload.paged import SegmentPages
-from wavekv.offload.scatter import scatter_by_span
 
 T = TypeVar("T")
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from wavekv.errors import LayoutError
-from wavekv.offload.attention import Logits, State, add_attention_sink, attend_chunk, attend_step
-from wavekv.offload.budget import cut_segments
+from wavekv.index.retrieval import Logits
+from wavekv.index.scatter import pages_of_span
+from wavekv.index.segments import cut_segments
+from wavekv.offload.attention import State, add_attention_sink, attend_chunk, attend_step
 from wavekv.offload.builder import build_segment
 from wavekv.offload.counters import Counters
 from wavekv.offload.paged import PagedZone, SegmentPages
 from wavekv.offload.runtime import OffloadRuntime
-from wavekv.offload.scatter import pages_of_span
 from wavekv.offload.steady import SteadyZone
 
 P = ParamSpec("P")

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wavekv.growing import GrowingTensor
 from wavekv.index import page_scatter
-from wavekv.kvstore import GrowingTensor, HostArena
-from wavekv.offload.scatter import SpanScatter
+from wavekv.index.retrieval import PageSummary
+from wavekv.index.scatter import SpanScatter
+from wavekv.kvstore import HostArena
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,21 @@ class PagedZone:
     def num_tokens(self) -> int:
         """The position behind the last paged token."""
         return self.segments[-1][0] if self.segments else 0
+
+    @property
+    def summary(self) -> PageSummary:
+        """What ranks and estimates the pages: views."""
+        return PageSummary(
+            self.device_counts.view,
+            self.mean.view,
+            self.variance.view,
+            self.value_mean.view,
+            self.codes.view,
+            self.code_scale.view,
+            self.page_scale.view,
+            self.scatter.spans.view,
+            self.scatter.span_pages,
+        )
 
     @property
     def statistics_nbytes(self) -> int:

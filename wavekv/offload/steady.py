@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wavekv.kvstore import GrowingTensor
+from wavekv.growing import GrowingTensor
 
 
 class SteadyZone:

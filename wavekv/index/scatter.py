@@ -1,4 +1,4 @@
-"""The within-page scatter of a paged zone: how values go with keys, for stretches of its pages."""
+"""The within-page scatter of an index: how values go with keys, for stretches of its pages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from wavekv.index import page_scatter
-from wavekv.kvstore import GrowingTensor
+from wavekv.growing import GrowingTensor
+from wavekv.index.statistics import page_scatter
 
 _TOKENS_PER_DIM = 16
 """The least tokens of a span for each dimension: more than the fit needs, and a bound on memory."""
@@ -64,7 +64,7 @@ class SpanScatter:
 def scatter_by_span(
     keys: Tensor, values: Tensor, counts: Tensor, *, first_page: int, span_pages: int
 ) -> Tensor:
-    """The scatter of pages that begin at page `first_page` of a zone, for each span they touch.
+    """The scatter of pages that begin at page `first_page` of an index, for each span they touch.
 
     keys, values: [R, N, P, D]; counts: [R, N]. Returns [R, m, 2, D, D] float32.
     """

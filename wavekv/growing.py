@@ -18,6 +18,13 @@ class GrowingTensor:
         self._buffer = empty
         self._length = 0
 
+    @classmethod
+    def holding(cls, rows: Tensor, dim: int) -> GrowingTensor:
+        """One that holds `rows`, in place."""
+        held = cls(rows, dim)
+        held._length = rows.shape[dim]
+        return held
+
     def __len__(self) -> int:
         return self._length
 
@@ -27,15 +34,24 @@ class GrowingTensor:
         return self._buffer.narrow(self.dim, 0, self._length)
 
     @property
+    def buffer(self) -> Tensor:
+        """The rows held and, behind them, room for more: valid until the next change."""
+        return self._buffer
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the rows held."""
         return self.view.numel() * self._buffer.element_size()
 
+    def reserve(self, length: int) -> None:
+        """Make room for so many rows: until there are as many, `append` cannot fail."""
+        if length > self._buffer.shape[self.dim]:
+            self._grow(max(length, 2 * self._length))
+
     def append(self, rows: Tensor) -> None:
         """Copy `rows` behind the last."""
         end = self._length + rows.shape[self.dim]
-        if end > self._buffer.shape[self.dim]:
-            self._grow(max(end, 2 * self._length))
+        self.reserve(end)
         self._buffer.narrow(self.dim, self._length, end - self._length).copy_(rows)
         self._length = end
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from wavekv.kvstore import GrowingTensor
+from wavekv.growing import GrowingTensor
 
 
 class GrowingMachine(RuleBasedStateMachine):

@@ -1,0 +1,137 @@
+"""Attention over an index: the decode step of the offload engine, for keys that need no model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from wavekv.errors import InputError
+from wavekv.index.inputs import expect_count, expect_share
+from wavekv.index.pages import PageStore
+from wavekv.index.result import AttendResult
+from wavekv.index.retrieval import Logits, PageSummary, choose_pages, estimate_others
+from wavekv.index.scatter import SpanScatter
+from wavekv.index.state import IndexState
+from wavekv.kernels import attend_dense, attend_pages, merge_state
+
+_CANDIDATES = 32
+"""So many budgets of pages are ranked again by the codes of their keys."""
+
+
+def page_limits(
+    budget: float | int, top_p: float | None, num_pages: int, page_size: int
+) -> tuple[int, int]:
+    """(least, most) pages that a query may read.
+
+    Raises:
+        InputError: a budget or top_p out of range.
+    """
+    if top_p is not None:
+        expect_share("top_p", top_p)
+    if isinstance(budget, float):
+        most = math.ceil(expect_share("budget", budget) * num_pages)
+    else:
+        most = -(-expect_count("budget", budget) // page_size)
+    return (0 if top_p is not None else most), most
+
+
+def attend_state(
+    queries: Tensor,
+    state: IndexState,
+    logits: Logits,
+    *,
+    limits: tuple[int, int],
+    top_p: float | None,
+    group: int,
+) -> AttendResult:
+    """Attend with queries [H, Q, D] float32; `group` consecutive ones share their pages."""
+    H, Q, _ = queries.shape
+    B, tail = Q // group, state.tail
+    # queries that share their pages are heads of one group, and groups a batch: [B, H * G, D]
+    query = _by_group(queries, group)
+    keys, values = (tail[:, half].expand(B, *tail[:, half].shape) for half in range(2))
+    scale, softcap = logits
+    near = attend_dense(query, keys, values, None, scale=scale, softcap=softcap)
+    attended = torch.full((H, Q), tail.shape[2], device=queries.device)
+    if state.codec is None or state.scatter is None:
+        out, lse = (_by_query(x, H, group) for x in near)
+        return AttendResult(out, lse, attended, torch.zeros_like(lse))
+    pages = _summary(state.store, state.scatter, B)
+    turned = state.codec.queries(queries)[..., : state.code_width]
+    least, most = limits
+    choice = choose_pages(
+        query,
+        _by_group(turned, group),
+        pages,
+        logits,
+        least=least,
+        most=most,
+        top_p=top_p,
+        num_candidates=_CANDIDATES * most,
+    )
+    chosen = _attend_chosen(query, state.store, choice.pages, logits)
+    rest = estimate_others(query, choice, pages, scale)
+    out, lse = merge_state(*merge_state(*near, *chosen), *rest)
+    read = (choice.pages >= 0).sum(2) * state.params.page_size
+    attended = attended + read.T.repeat_interleave(group, 1)
+    estimated = _by_query((rest[1] - lse).exp(), H, group)
+    return AttendResult(_by_query(out, H, group), _by_query(lse, H, group), attended, estimated)
+
+
+def expect_group(queries: Tensor, group: int) -> None:
+    """`group` divides the queries [H, Q, D].
+
+    Raises:
+        InputError: it does not.
+    """
+    expect_count("group", group)
+    if queries.shape[1] % group:
+        raise InputError(f"queries must come in groups of {group}, got {queries.shape[1]} of them")
+
+
+def _attend_chosen(
+    query: Tensor, store: PageStore, chosen: Tensor, logits: Logits
+) -> tuple[Tensor, Tensor]:
+    """The attention state of the chosen pages [B, H, M], read where they lie."""
+    buffer = store.buffer("pages")
+    H, capacity = buffer.shape[:2]
+    first = torch.arange(H, device=query.device)[:, None] * capacity
+    ids = torch.where(chosen >= 0, chosen + first, -1)
+    counts = torch.where(chosen >= 0, buffer.shape[3], 0).to(torch.int32)
+    scale, softcap = logits
+    return attend_pages(query, [buffer.flatten(0, 1)], ids, counts, scale=scale, softcap=softcap)
+
+
+def _summary(store: PageStore, scatter: SpanScatter, batch: int) -> PageSummary:
+    """The pages as each of `batch` groups of queries sees them: views."""
+
+    def shared(x: Tensor) -> Tensor:
+        return x.expand(batch, *x.shape)
+
+    H, N, P = store["ids"].shape
+    counts = torch.full((H, N), P, dtype=torch.int32, device=store["ids"].device)
+    return PageSummary(
+        counts=shared(counts),
+        mean=shared(store["mean"]),
+        variance=shared(store["variance"]),
+        value_mean=shared(store["value_mean"]),
+        codes=shared(store["codes"]),
+        code_scale=shared(store["code_scale"]),
+        page_scale=shared(store["page_scale"]),
+        scatter=shared(scatter.spans.view[0]),
+        span_pages=scatter.span_pages,
+    )
+
+
+def _by_group(queries: Tensor, group: int) -> Tensor:
+    """[H, B * G, D] -> [B, H * G, D]."""
+    H, Q, D = queries.shape
+    return queries.view(H, Q // group, group, D).transpose(0, 1).reshape(Q // group, -1, D)
+
+
+def _by_query(x: Tensor, heads: int, group: int) -> Tensor:
+    """[B, H * G, ...] -> [H, B * G, ...]."""
+    B = x.shape[0]
+    return x.view(B, heads, group, *x.shape[2:]).transpose(0, 1).flatten(1, 2)

@@ -1,0 +1,70 @@
+"""The options of an index."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wavekv.errors import ConfigError
+
+BLOCK_PAGES = 16
+"""Pages whose means lie together; no segment has fewer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexParams:
+    """How keys are clustered and coded. A wrong value is a ConfigError."""
+
+    page_size: int = 8
+    """Keys in a page: fewer are found in fewer scanned keys, more cost less memory. A power of two
+    from 1 to 256."""
+    segment: int = 8192
+    """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages."""
+    code_dims: int | None = None
+    """Dimensions of each key that get a four-bit code, a multiple of 8; the others are dropped from
+    the codes. None: half of them if the queries are known by a sample, else all."""
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "segment"):
+            _expect_count(name, getattr(self, name))
+        if self.page_size > 256 or self.page_size & (self.page_size - 1):
+            raise ConfigError(
+                f"page_size must be a power of two from 1 to 256, got {self.page_size}"
+            )
+        pages, rest = divmod(self.segment, self.page_size)
+        if rest or pages < BLOCK_PAGES or pages & (pages - 1):
+            raise ConfigError(
+                f"segment must be page_size={self.page_size} times a power of two that is at least "
+                f"{BLOCK_PAGES}, got {self.segment}"
+            )
+        if self.code_dims is not None:
+            _expect_count("code_dims", self.code_dims)
+            if self.code_dims % 8:
+                raise ConfigError(f"code_dims must be a multiple of 8, got {self.code_dims}")
+
+    @property
+    def block(self) -> int:
+        """Keys in the smallest segment; fewer at the end wait unclustered and are searched all."""
+        return BLOCK_PAGES * self.page_size
+
+    def code_width(self, dim: int, has_sample: bool) -> int:
+        """The dimensions that get a code, of `dim`: a multiple of 8.
+
+        Raises:
+            ConfigError: more are asked for than there are.
+        """
+        most = -(-dim // 8) * 8
+        if self.code_dims is None:
+            return -(-dim // 16) * 8 if has_sample else most
+        if self.code_dims > most:
+            raise ConfigError(f"code_dims must be at most {most} for keys of {dim}, got {self}")
+        return self.code_dims
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `IndexParams(**params.to_dict())` is the same."""
+        return asdict(self)
+
+
+def _expect_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")

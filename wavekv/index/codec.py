@@ -37,16 +37,8 @@ class KeyCodec:
     def queries(self, queries: Tensor) -> Tensor:
         """[H, Q, D] float32 -> y [H, Q, D rounded up to a multiple of 8] float32."""
         turned = torch.bmm(queries, self.backward)
-        return torch.nn.functional.pad(turned, (0, -turned.shape[-1] % 8))
-
-    def offset(self, queries: Tensor) -> Tensor:
-        """[H, Q, 1]: what q.k has more than y.z."""
-        return torch.bmm(queries, self.centre.unsqueeze(2))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the maps."""
-        return sum(x.nbytes for x in (self.centre, self.forward, self.backward))
+        missing = -turned.shape[-1] % 8
+        return torch.nn.functional.pad(turned, (0, missing)) if missing else turned
 
 
 def query_metric(queries: Tensor) -> Tensor:

@@ -91,17 +91,18 @@ class PageStore:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = {name: GrowingTensor.holding(x, dim=1) for name, x in parts.items()}
+        self._views = self._make_views()
 
     def __getitem__(self, name: str) -> Tensor:
-        """[H, N, ...] a part: a view, valid until the next change."""
-        return self._parts[name].view
+        """[H, N, ...] a part, or "keys" [H, N, P, D]: a view, valid until the next change."""
+        return self._views[name]
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts
 
     def views(self) -> Parts:
         """All parts."""
-        return {name: part.view for name, part in self._parts.items()}
+        return {name: self._views[name] for name in self._parts}
 
     def buffer(self, name: str) -> Tensor:
         """[H, capacity, ...] a part and the room behind it."""
@@ -114,7 +115,7 @@ class PageStore:
     @property
     def num_pages(self) -> int:
         """Pages N of each head."""
-        return len(self._parts["ids"])
+        return self._views["ids"].shape[1]
 
     def replace(self, first: int, segments: list[Parts]) -> None:
         """Put the pages of `segments` where those from `first` on were. All or nothing."""
@@ -125,6 +126,12 @@ class PageStore:
             part.truncate(kept[name])
             for segment in segments:
                 part.append(segment[name])
+        self._views = self._make_views()
+
+    def _make_views(self) -> Parts:
+        # made once: for a single query they would cost as much as a part of the search
+        views = {name: part.view for name, part in self._parts.items()}
+        return views | {"keys": views["pages"][:, :, 0]}
 
     def _kept(self, name: str, first: int) -> int:
         # a row of mean codes is a block of pages

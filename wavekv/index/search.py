@@ -12,7 +12,7 @@ from wavekv.errors import InputError
 from wavekv.index.inputs import expect_count, expect_share
 from wavekv.index.result import SearchResult
 from wavekv.index.state import IndexState
-from wavekv.kernels import score_means, search_pages, select, top_pages
+from wavekv.kernels import score_means, search_pages, select
 
 DEFAULT_BUDGET = 0.08
 _SCORES_AT_ONCE = 1 << 25
@@ -59,66 +59,63 @@ def search_state(queries: Tensor, state: IndexState, options: SearchOptions) -> 
     """Search with queries [H, Q, D] float32 among the pages and the tail of an index."""
     per_query = queries.shape[0] * max(1, state.store.num_pages)
     step = max(1, _SCORES_AT_ONCE // per_query // options.group) * options.group
-    parts = [
-        _search(queries[:, start : start + step], state, options)
-        for start in range(0, max(1, queries.shape[1]), step)
-    ]
+    if queries.shape[1] <= step:
+        return SearchResult(*_search(queries, state, options))
+    parts = [_search(part, state, options) for part in queries.split(step, 1)]
     return SearchResult(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
 
 def _search(queries: Tensor, state: IndexState, options: SearchOptions) -> tuple[Tensor, ...]:
     """The fields of a SearchResult."""
-    H, Q, _ = queries.shape
-    store, tail, width = state.store, state.tail[:, 0], state.code_width
-    N, P, T = store.num_pages, state.params.page_size, tail.shape[1]
-    most = options.max_pages(N, P)
-    is_exact = most >= N and options.top_p is None
-    if is_exact or state.codec is None:
-        turned, means = queries.new_zeros(H, Q, width), queries.new_zeros(H, Q, N)
-        chosen = torch.arange(N, device=queries.device).expand(H, Q, N)
+    store, tail, P = state.store, state.tail[:, 0], state.params.page_size
+    most = options.max_pages(store.num_pages, P)
+    by_mass = options.group > 1 or options.top_p is not None
+    # all pages: every key is compared, and no code is read
+    is_exact = state.codec is None or (most >= store.num_pages and options.top_p is None)
+    if state.codec is None:
+        turned = queries.new_zeros(*queries.shape[:2], store["mean_codes"].shape[2] * 4)
     else:
         turned = state.codec.queries(queries)
-        means = score_means(
-            turned, store["mean_codes"], store["mean_scale"], num_threads=options.num_threads
-        )
-        chosen = _choose(turned, means, store["spread"], most, P, options)
-    num_candidates = N * P if is_exact else math.ceil(options.rerank * options.k)
-    scores, ids, counts = search_pages(
+    num_candidates = math.ceil(options.rerank * options.k)
+    scores, ids, counts, pages = search_pages(
         queries,
-        turned[..., :width].contiguous(),
-        means,
-        chosen,
+        turned,
+        _choose_by_mass(turned, state, most, options) if by_mass and not is_exact else None,
+        store["mean_codes"],
+        store["mean_scale"],
+        store["spread"],
         store["codes"],
         store["code_scale"],
         store["page_scale"],
-        store["pages"][:, :, 0],
+        store["keys"],
         store["ids"],
         tail,
         k=options.k,
+        max_pages=most,
         num_candidates=num_candidates,
+        # the largest of P normal numbers lies about so many deviations above their mean
+        optimism=math.sqrt(2 * math.log(P)),
         num_threads=options.num_threads,
     )
-    scanned = (chosen >= 0).sum(2) * P
-    scored = torch.full_like(counts, 0 if is_exact else N)
-    return scores, ids, counts, scored, scanned + T, scanned.clamp(max=num_candidates) + T
+    scanned = pages * P
+    compared = scanned if is_exact else scanned.clamp(max=num_candidates)
+    scored = torch.full_like(counts, 0 if is_exact else store.num_pages)
+    return scores, ids, counts, scored, scanned + tail.shape[1], compared + tail.shape[1]
 
 
-def _choose(
-    turned: Tensor, means: Tensor, spread: Tensor, most: int, page_size: int, options: SearchOptions
-) -> Tensor:
-    """Pages [H, Q, M] to scan: those whose best key may be the best, or those of most mass."""
-    H, Q, N = means.shape
+def _choose_by_mass(turned: Tensor, state: IndexState, most: int, options: SearchOptions) -> Tensor:
+    """Pages [H, Q, M] to scan, then -1: those of most softmax mass for each group of queries."""
+    H, Q, _ = turned.shape
+    store, P, group = state.store, state.params.page_size, options.group
+    means = score_means(
+        turned, store["mean_codes"], store["mean_scale"], num_threads=options.num_threads
+    )
     # [H, Q, N]: deviation of a page's products, were its keys spread alike in all directions
-    deviation = turned.norm(dim=2, keepdim=True) * spread.unsqueeze(1)
-    if options.group == 1 and options.top_p is None:
-        # the largest of P normal numbers lies about so many deviations above their mean
-        reach = math.sqrt(2 * math.log(page_size)) if page_size > 1 else 0.0
-        return top_pages(means + reach * deviation, most, num_threads=options.num_threads)
-    log_mass = _log_mass(means, deviation, page_size, options.scale or 1.0)
+    deviation = turned.norm(dim=2, keepdim=True) * store["spread"].unsqueeze(1)
+    log_mass = _log_mass(means, deviation, P, options.scale or 1.0)
     # queries that share a choice are heads of one group, and groups a batch
-    group = options.group
-    by_group = log_mass.view(H, Q // group, group, N).transpose(0, 1).flatten(1, 2)
-    least = min(most, -(-options.k // page_size))
+    by_group = log_mass.unflatten(1, (Q // group, group)).transpose(0, 1).flatten(1, 2)
+    least = min(most, -(-options.k // P))
     chosen = select(by_group, H, max_pages=most, min_pages=least, top_p=options.top_p)
     return chosen.transpose(0, 1).repeat_interleave(group, 1)
 

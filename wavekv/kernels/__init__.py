@@ -14,7 +14,7 @@ from wavekv.kernels.dispatch import (
     select,
     value_slope,
 )
-from wavekv.kernels.search import score_means, search_pages, top_pages
+from wavekv.kernels.search import score_means, search_pages
 
 __all__ = [
     "attend_dense",
@@ -26,7 +26,6 @@ __all__ = [
     "score_means",
     "search_pages",
     "select",
-    "top_pages",
     "use_backend",
     "value_slope",
 ]

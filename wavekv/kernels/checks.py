@@ -44,6 +44,14 @@ def expect_inner(name: str, tensor: Tensor, dims: int) -> None:
         )
 
 
+def expect_part(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, like: Tensor
+) -> None:
+    """The tensor [H, ...] is as `expect` wants, and contiguous but for its heads."""
+    expect(name, tensor, shape, dtype, like=like)
+    expect_inner(name, tensor, len(shape) - 1)
+
+
 def expect_heads(name: str, tensor: Tensor, batch: int, kv_heads: int, last: int) -> None:
     """The tensor is [B, Hq, last] of a float dtype, and Hq is a multiple of Hkv."""
     shape = tensor.shape

@@ -218,24 +218,13 @@ def score_means(
     return means
 
 
-def top_pages(rank: Tensor, count: int, *, num_threads: int | None = None) -> Tensor:
-    heads, num_queries, pages = rank.shape
-    rank = float32(rank)
-    chosen = torch.empty(heads, num_queries, min(count, pages), dtype=torch.int64)
-    launch(
-        cpu_search.top_pages,
-        heads * num_queries * pages // _SELECT_ROWS,
-        *(heads * num_queries, pages, chosen.shape[2], rank.data_ptr(), chosen.data_ptr()),
-        num_threads=num_threads,
-    )
-    return chosen
-
-
 def search_pages(
     query: Tensor,
-    code_query: Tensor,
-    means: Tensor,
-    chosen: Tensor,
+    turned: Tensor,
+    given: Tensor | None,
+    mean_codes: Tensor,
+    mean_scale: Tensor,
+    spread: Tensor,
     codes: Tensor,
     code_scale: Tensor,
     page_scale: Tensor,
@@ -244,30 +233,35 @@ def search_pages(
     tail: Tensor,
     *,
     k: int,
+    max_pages: int,
     num_candidates: int,
+    optimism: float,
     num_threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, num_queries, width = query.shape
     pages, page_size = keys.shape[1:3]
-    query, code_query, means = (float32(x) for x in (query, code_query, means))
-    chosen = chosen.contiguous()
+    query, turned = float32(query), float32(turned)
+    if given is not None:
+        given = given.contiguous()
+    most = min(pages, max_pages) if given is None else given.shape[2]
     scores = torch.empty(heads, num_queries, k)
     found = torch.empty(heads, num_queries, k, dtype=torch.int64)
-    counts = torch.empty(heads, num_queries, dtype=torch.int64)
-    row_bytes = keys.element_size()
-    key_part = (*_part(keys), DTYPE_CODES[keys.dtype], *(row_bytes * s for s in keys.stride()[1:3]))
-    tail_part = (*_part(tail), DTYPE_CODES[tail.dtype], tail.shape[1], row_bytes * tail.stride(1))
+    counts, scanned = torch.empty(2, heads, num_queries, dtype=torch.int64)
+    size, strides = keys.element_size(), keys.stride()
+    key_part = (*_part(keys), DTYPE_CODES[keys.dtype], size * strides[1], size * strides[2])
+    tail_part = (*_part(tail), DTYPE_CODES[tail.dtype], tail.shape[1], size * tail.stride(1))
     launch(
         cpu_search.search_pages,
-        heads * num_queries * (chosen.shape[2] * page_size + tail.shape[1]),
-        *(heads, num_queries, width, codes.shape[2], page_size, pages, chosen.shape[2]),
-        *(num_candidates, k, query.data_ptr(), code_query.data_ptr(), means.data_ptr()),
-        *(chosen.data_ptr(), _part(codes), _part(code_scale), _part(page_scale), key_part),
-        *(_part(ids), tail_part, pages * page_size),
-        *(scores.data_ptr(), found.data_ptr(), counts.data_ptr()),
+        heads * num_queries * (pages + most * page_size + tail.shape[1]),
+        *(heads, num_queries, width, turned.shape[2], 8 * codes.shape[2], page_size, pages, most),
+        *(num_candidates, k, np.float32(optimism), query.data_ptr(), turned.data_ptr()),
+        *(0 if given is None else given.data_ptr(), _part(mean_codes), _part(mean_scale)),
+        *(_part(spread), _part(codes), _part(code_scale), _part(page_scale), key_part),
+        *(_part(ids), tail_part, scores.data_ptr(), found.data_ptr()),
+        *(counts.data_ptr(), scanned.data_ptr()),
         num_threads=num_threads,
     )
-    return scores, found, counts
+    return scores, found, counts, scanned
 
 
 def _part(tensor: Tensor) -> tuple[int, int]:

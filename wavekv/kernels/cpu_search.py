@@ -28,6 +28,25 @@ from wavekv.kernels.cpu_math import (
 from wavekv.kernels.cpu_top import top_positions
 
 
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _score_means(query: Any, codes: int, scales: Any, out: Any) -> None:
+    """out [N] = a query [W] times page means, from their codes. W and N are multiples of 4, 16."""
+    vectors = query.size // 4
+    query_codes = np.empty(query.size, np.int8)
+    plane = np.empty(vectors * VECTOR, np.int8)
+    sums = np.empty(LANES, np.int32)
+    unit, total = quantise_query(query, query_codes)
+    lay_out_query(query_codes, LANES, plane)
+    centre = np.int32(128) * total
+    at, factors, address = codes, plane.ctypes.data, sums.ctypes.data
+    for first in range(0, out.size, LANES):
+        byte_dots(at, factors, vectors, VECTOR, 0, LANES, address)
+        at += vectors * VECTOR
+        for lane in range(LANES):
+            out[first + lane] = unit * scales[first + lane] * np.float32(sums[lane] - centre)
+    plane[0] = 0  # alive until here, for its address
+
+
 @njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())
 def score_means(
     heads: int,
@@ -40,45 +59,62 @@ def score_means(
     out: int,
 ) -> None:
     """out [H, Q, N] = queries [H, Q, W] times page means. Addresses; of codes and scales a pair:
-    address, and bytes from head to head. W and N are multiples of 4 and 16."""
+    address, and bytes from head to head."""
     queries = carray(float32_at(query), (heads, num_queries, width))
     scores = carray(float32_at(out), (heads, num_queries, pages))
-    vectors = width // 4
     for index in prange(heads * num_queries):
         task: Any = np.int64(index)
         h, i = task // num_queries, task % num_queries
-        query_codes = np.empty(width, np.int8)
-        plane = np.empty(vectors * VECTOR, np.int8)
-        sums = np.empty(LANES, np.int32)
-        unit, total = quantise_query(queries[h, i], query_codes)
-        lay_out_query(query_codes, LANES, plane)
         scale = carray(float32_at(scales[0] + h * scales[1]), (pages,))
-        centre = np.int32(128) * total
-        for block in range(pages // LANES):
-            at = codes[0] + h * codes[1] + block * vectors * VECTOR
-            byte_dots(at, plane.ctypes.data, vectors, VECTOR, 0, LANES, sums.ctypes.data)
-            for lane in range(LANES):
-                n = block * LANES + lane
-                scores[h, i, n] = unit * scale[n] * np.float32(sums[lane] - centre)
-
-
-@njit(nogil=True, cache=True, parallel=PRANGE.copy())
-def top_pages(rows: int, pages: int, count: int, rank: int, out: int) -> None:
-    """out [rows, count]: the pages of the highest rank [rows, N], ascending."""
-    ranks = carray(float32_at(rank), (rows, pages))
-    chosen = carray(int64_at(out), (rows, count))
-    for index in prange(rows):
-        row: Any = np.int64(index)
-        bins = np.empty(pages, np.int32)
-        top_positions(ranks[row], None, count, bins, chosen[row])
-        chosen[row].sort()
+        _score_means(queries[h, i], codes[0] + h * codes[1], scale, scores[h, i])
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _scan_page(sums: Any, centre: Any, mean: Any, step: Any, shares: Any, out: Any) -> None:
-    """out [P]: inner products of the keys of a page, from sums of their codes."""
-    for p in range(out.size):
-        out[p] = mean + step * np.float32(shares[p]) * np.float32(sums[p] - centre)
+def _rank_optimistically(query: Any, means: Any, spread: Any, optimism: Any, out: Any) -> None:
+    """out [N]: products with the mean, plus what a page's best key may have more."""
+    length = np.float32(0.0)
+    for x in query:
+        length += x * x
+    reach = optimism * np.sqrt(length)
+    for n in range(out.size):
+        out[n] = means[n] + reach * spread[n]
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _scan_codes(
+    query: Any,
+    chosen: Any,
+    means: Any,
+    codes: int,
+    shares: int,
+    steps: Any,
+    page_size: int,
+    out: Any,
+) -> None:
+    """out [M * P] = a query [W] times the keys of the chosen pages [M], from their codes."""
+    groups = query.size // 8
+    page_bytes = 4 * groups * page_size
+    query_codes = np.empty(query.size, np.int8)
+    planes = np.empty((2, page_bytes), np.int8)
+    unit, total = quantise_query(query, query_codes)
+    lay_out_query(query_codes[: 4 * groups], page_size, planes[0])
+    lay_out_query(query_codes[4 * groups :], page_size, planes[1])
+    centre = np.int32(8) * total
+    # each page may write a whole vector of sums
+    sums = np.empty(chosen.size * page_size + LANES, np.int32)
+    factors, address = planes.ctypes.data, sums.ctypes.data
+    for j in range(chosen.size):
+        at = address + 4 * j * page_size
+        page_dots(codes + chosen[j] * page_bytes, factors, groups, page_size, at)
+    for j in range(chosen.size):
+        n = chosen[j]
+        share = carray(uint8_at(shares + n * page_size), (page_size,))
+        step, mean = unit * steps[n] / np.float32(255.0), means[n]
+        first = j * page_size
+        for p in range(page_size):
+            x = np.float32(sums[first + p] - centre)
+            out[first + p] = mean + step * np.float32(share[p]) * x
+    planes[0, 0] = 0  # alive until here, for its address
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -92,7 +128,7 @@ def _dot(query: Any, row: Any) -> Any:
 @njit(nogil=True, cache=True)
 def _write_best(found: Any, who: Any, bins: Any, out_scores: Any, out_ids: Any) -> Any:
     """The best of the candidates, best first, lower ids first among equals; then padding."""
-    best = np.empty(out_scores.size, np.int64)
+    best = np.empty(found.size + 1, np.int64)
     count = top_positions(found, who, out_scores.size, bins, best)
     best = best[:count]
     best = best[np.argsort(who[best])]
@@ -109,81 +145,98 @@ def search_pages(
     heads: int,
     num_queries: int,
     width: int,
-    code_groups: int,
+    mean_width: int,
+    code_width: int,
     page_size: int,
     pages: int,
-    max_pages: int,
+    most: int,
     num_candidates: int,
     k: int,
+    optimism: Any,
     query: int,
-    code_query: int,
-    means: int,
-    chosen: int,
+    turned: int,
+    given: int,
+    mean_codes: Any,
+    mean_scale: Any,
+    spread: Any,
     codes: Any,
     code_scale: Any,
     page_scale: Any,
     keys: Any,
     ids: Any,
     tail: Any,
-    tail_start: int,
     scores: int,
     found_ids: int,
     counts: int,
+    scanned: int,
 ) -> None:
-    """Write scores and ids [H, Q, k], and counts [H, Q]. Addresses; of parts of the index a tuple:
-    address, and bytes from head to head; of keys and tail also the dtype, the bytes from page to
-    page (of the tail: how many keys it has) and from key to key."""
+    """Write scores and ids [H, Q, k], counts and pages scanned [H, Q]. Addresses (given: 0 for
+    none); of parts of the index a tuple: address, and bytes from head to head; of keys and tail
+    also the dtype, the bytes from page to page (of the tail: how many keys it has) and from key to
+    key. See `wavekv.kernels.search`."""
     queries = carray(float32_at(query), (heads, num_queries, width))
-    code_queries = carray(float32_at(code_query), (heads, num_queries, 8 * code_groups))
-    mean_scores = carray(float32_at(means), (heads, num_queries, pages))
-    chosen_pages = carray(int64_at(chosen), (heads, num_queries, max_pages))
+    turned_queries = carray(float32_at(turned), (heads, num_queries, mean_width))
+    given_pages = carray(int64_at(given), (heads, num_queries, most))
     out_scores = carray(float32_at(scores), (heads, num_queries, k))
     out_ids = carray(int64_at(found_ids), (heads, num_queries, k))
     out_counts = carray(int64_at(counts), (heads, num_queries))
-    half = 4 * code_groups
-    page_bytes = half * page_size
-    most = max_pages * page_size
+    out_scanned = carray(int64_at(scanned), (heads, num_queries))
+    needs_codes = given != 0 or most < pages
     for index in prange(heads * num_queries):
         task: Any = np.int64(index)
         h, i = task // num_queries, task % num_queries
-        q = queries[h, i]
-        mean_of, pages_of = mean_scores[h, i], chosen_pages[h, i]
-        num_pages = max_pages
-        while num_pages > 0 and pages_of[num_pages - 1] < 0:
-            num_pages -= 1
-        row = np.empty(width, np.float32)
-        estimates = np.empty(most, np.float32)
-        positions = np.empty(most, np.int64)
-        bins = np.empty(most + tail[3], np.int32)
+        q, y = queries[h, i], turned_queries[h, i]
+        bins = np.empty(max(pages, most * page_size) + tail[3], np.int32)
+        chosen = np.empty(pages + 1, np.int64)
+        means = np.empty(pages if needs_codes else 0, np.float32)
+        if needs_codes:
+            scale = carray(float32_at(mean_scale[0] + h * mean_scale[1]), (pages,))
+            _score_means(y, mean_codes[0] + h * mean_codes[1], scale, means)
+        if given != 0:
+            num_pages = 0
+            while num_pages < most and given_pages[h, i, num_pages] >= 0:
+                chosen[num_pages] = given_pages[h, i, num_pages]
+                num_pages += 1
+        elif most < pages:
+            rank = np.empty(pages, np.float32)
+            spreads = carray(float32_at(spread[0] + h * spread[1]), (pages,))
+            _rank_optimistically(y, means, spreads, optimism, rank)
+            num_pages = top_positions(rank, None, most, bins, chosen)
+        else:
+            num_pages = pages
+            chosen[:pages] = np.arange(pages)
         size = num_pages * page_size
-        if size > num_candidates:
-            query_codes = np.empty(2 * half, np.int8)
-            planes = np.empty((2, page_bytes), np.int8)
-            sums = np.empty(max(LANES, page_size), np.int32)
-            unit, total = quantise_query(code_queries[h, i], query_codes)
-            lay_out_query(query_codes[:half], page_size, planes[0])
-            lay_out_query(query_codes[half:], page_size, planes[1])
-            steps = carray(float32_at(page_scale[0] + h * page_scale[1]), (pages,))
-            for j in range(num_pages):
-                n = pages_of[j]
-                at = codes[0] + h * codes[1] + n * page_bytes
-                page_dots(at, planes.ctypes.data, code_groups, page_size, sums.ctypes.data)
-                shares_at = code_scale[0] + h * code_scale[1] + n * page_size
-                shares = carray(uint8_at(shares_at), (page_size,))
-                part = estimates[j * page_size : (j + 1) * page_size]
-                step = unit * steps[n] / np.float32(255.0)
-                _scan_page(sums, np.int32(8) * total, mean_of[n], step, shares, part)
-        num_found = top_positions(estimates[:size], None, num_candidates, bins, positions)
+        positions = np.empty(size + 1, np.int64)
+        if needs_codes and num_candidates < size:
+            estimates = np.empty(size, np.float32)
+            _scan_codes(
+                y[:code_width],
+                chosen[:num_pages],
+                means,
+                codes[0] + h * codes[1],
+                code_scale[0] + h * code_scale[1],
+                carray(float32_at(page_scale[0] + h * page_scale[1]), (pages,)),
+                page_size,
+                estimates,
+            )
+            num_found = top_positions(estimates, None, num_candidates, bins, positions)
+        else:
+            num_found = size
+            positions[:size] = np.arange(size)
         found = np.empty(num_found + tail[3], np.float32)
         who = np.empty(num_found + tail[3], np.int64)
+        row = np.empty(width, np.float32)
+        buffer = row.ctypes.data
         id_of = carray(int32_at(ids[0] + h * ids[1]), (pages * page_size,))
         for c in range(num_found):
-            n, p = pages_of[positions[c] // page_size], positions[c] % page_size
+            n, p = chosen[positions[c] // page_size], positions[c] % page_size
             at = keys[0] + h * keys[1] + n * keys[3] + p * keys[4]
             who[c] = id_of[n * page_size + p]
-            found[c] = _dot(q, row_at(at, keys[2], width, row.ctypes.data))
+            found[c] = _dot(q, row_at(at, keys[2], width, buffer))
         for t in range(tail[3]):
             at = tail[0] + h * tail[1] + t * tail[4]
-            who[num_found + t] = tail_start + t
-            found[num_found + t] = _dot(q, row_at(at, tail[2], width, row.ctypes.data))
+            who[num_found + t] = pages * page_size + t
+            found[num_found + t] = _dot(q, row_at(at, tail[2], width, buffer))
+        row[0] = 0.0  # alive until here, for its address
         out_counts[h, i] = _write_best(found, who, bins, out_scores[h, i], out_ids[h, i])
+        out_scanned[h, i] = num_pages

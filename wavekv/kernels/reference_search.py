@@ -17,16 +17,13 @@ def score_means(
     return rounded_to_int8(query) @ levels.mT * scale.unsqueeze(1)
 
 
-def top_pages(rank: Tensor, count: int, *, num_threads: int | None = None) -> Tensor:
-    order = rank.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :count].sort(dim=-1).values
-
-
 def search_pages(
     query: Tensor,
-    code_query: Tensor,
-    means: Tensor,
-    chosen: Tensor,
+    turned: Tensor,
+    given: Tensor | None,
+    mean_codes: Tensor,
+    mean_scale: Tensor,
+    spread: Tensor,
     codes: Tensor,
     code_scale: Tensor,
     page_scale: Tensor,
@@ -35,78 +32,89 @@ def search_pages(
     tail: Tensor,
     *,
     k: int,
+    max_pages: int,
     num_candidates: int,
+    optimism: float,
     num_threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     H, Q, D = query.shape
-    per_query = max(1, H * (chosen.shape[2] * keys.shape[2] + tail.shape[1]) * D)
-    step = max(1, _FLOATS_AT_ONCE // per_query)
+    N, P = keys.shape[1:3]
+    most = min(N, max_pages) if given is None else given.shape[2]
+    step = max(1, _FLOATS_AT_ONCE // max(1, H * (N + most * P * D)))
     parts = []
     for start in range(0, max(1, Q), step):
         asked = slice(start, start + step)
-        parts.append(
-            _search(
-                query[:, asked],
-                code_query[:, asked],
-                means[:, asked],
-                chosen[:, asked],
-                codes,
-                code_scale,
-                page_scale,
-                keys,
-                ids,
-                tail,
-                k=k,
-                num_candidates=num_candidates,
-            )
+        y = turned[:, asked]
+        if given is not None or most < N:
+            means = score_means(y, mean_codes, mean_scale)
+        else:
+            means = y.new_zeros(*y.shape[:2], N)
+        if given is not None:
+            chosen = given[:, asked]
+        elif most < N:
+            rank = means + optimism * y.norm(dim=2, keepdim=True) * spread.unsqueeze(1)
+            chosen = rank.sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        else:
+            chosen = torch.arange(N, device=query.device).expand(*y.shape[:2], N)
+            num_candidates = N * P
+        place, held = _candidates(
+            y, means, chosen, codes, code_scale, page_scale, num_candidates, page_size=P
         )
-    scores, found, counts = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return scores, found, counts
+        found = _best(query[:, asked], place, held, keys, ids, tail, k)
+        parts.append((*found, (chosen >= 0).sum(2)))
+    scores, best, counts, scanned = (torch.cat(part, 1) for part in zip(*parts, strict=True))
+    return scores, best, counts, scanned
 
 
-def _search(
-    query: Tensor,
-    code_query: Tensor,
+def _candidates(
+    turned: Tensor,
     means: Tensor,
     chosen: Tensor,
     codes: Tensor,
     code_scale: Tensor,
     page_scale: Tensor,
-    keys: Tensor,
-    ids: Tensor,
-    tail: Tensor,
-    *,
-    k: int,
     num_candidates: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    H, Q = query.shape[:2]
-    N, P = keys.shape[1:3]
+    *,
+    page_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Places [H, Q, C] (page * P + slot) of the best keys of the chosen pages by their codes, and
+    whether there is one."""
     pages = chosen.clamp_min(0)
+    head = torch.arange(len(chosen), device=chosen.device)[:, None, None]
+    slot = torch.arange(page_size, device=chosen.device)
+    place = (pages.unsqueeze(-1) * page_size + slot).flatten(2)
+    held = (chosen >= 0).repeat_interleave(page_size, 2)
+    if place.shape[2] <= num_candidates:
+        return place, held
+    packed = codes[head, pages]
+    halves = torch.stack([packed & 15, packed >> 4], 3).float() - 8
+    # [H, Q, M, 2, W / 8, P, 4] -> [H, Q, M, P, W]
+    levels = halves.movedim(5, 3).flatten(4)
+    step = page_scale[head, pages].unsqueeze(-1) * code_scale[head, pages] / 255
+    code_query = rounded_to_int8(turned[..., : levels.shape[-1]])
+    offset = torch.einsum("hqd,hqmpd->hqmp", code_query, levels) * step
+    estimate = (means.gather(2, pages).unsqueeze(-1) + offset).flatten(2)
+    estimate = estimate.masked_fill(~held, -torch.inf)
+    best = estimate.sort(dim=-1, descending=True, stable=True).indices[..., :num_candidates]
+    return place.gather(2, best), held.gather(2, best)
+
+
+def _best(
+    query: Tensor, place: Tensor, held: Tensor, keys: Tensor, ids: Tensor, tail: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, ids and counts of the best of the candidates and the tail, padded to k."""
+    H, N, P, _ = keys.shape
+    T = tail.shape[1]
     head = torch.arange(H, device=query.device)[:, None, None]
-    # [H, Q, M * P]: the keys of the chosen pages by place, n * P + p
-    place = (pages.unsqueeze(-1) * P + torch.arange(P, device=query.device)).flatten(2)
-    held = (chosen >= 0).unsqueeze(-1).expand(*chosen.shape, P).flatten(2)
-    if place.shape[2] > num_candidates:
-        packed = codes[head, pages]
-        halves = torch.stack([packed & 15, packed >> 4], 3).float() - 8
-        # [H, Q, M, 2, W / 8, P, 4] -> [H, Q, M, P, W]
-        levels = halves.movedim(5, 3).flatten(4)
-        step = page_scale[head, pages].unsqueeze(-1) * code_scale[head, pages] / 255
-        offset = torch.einsum("hqd,hqmpd->hqmp", rounded_to_int8(code_query), levels) * step
-        estimate = (means.gather(2, pages).unsqueeze(-1) + offset).flatten(2)
-        estimate = estimate.masked_fill(~held, -torch.inf)
-        best = estimate.sort(dim=-1, descending=True, stable=True).indices[..., :num_candidates]
-        place, held = place.gather(2, best), held.gather(2, best)
     candidates = keys[head, place // P, place % P].float()
     scores = torch.einsum("hqd,hqcd->hqc", query, candidates).masked_fill(~held, -torch.inf)
-    who = ids.flatten(1)[head, place].long().masked_fill(~held, N * P + tail.shape[1])
-    tail_ids = torch.arange(N * P, N * P + tail.shape[1], device=query.device)
+    who = ids.flatten(1)[head, place].long().masked_fill(~held, N * P + T)
+    tail_ids = torch.arange(N * P, N * P + T, device=query.device)
     scores = torch.cat([scores, query @ tail.float().mT], 2)
-    who = torch.cat([who, tail_ids.expand(H, Q, -1)], 2)
+    who = torch.cat([who, tail_ids.expand(*query.shape[:2], -1)], 2)
     by_id = who.sort(dim=-1)
     order = scores.gather(2, by_id.indices).sort(dim=-1, descending=True, stable=True)
-    who = by_id.values.gather(2, order.indices)[..., :k]
-    scores = order.values[..., :k]
+    scores, who = order.values[..., :k], by_id.values.gather(2, order.indices)[..., :k]
     who = who.masked_fill(scores == -torch.inf, -1)
     missing = (0, k - who.shape[2])
     padded = torch.nn.functional.pad(scores, missing, value=-torch.inf)

@@ -29,32 +29,20 @@ def score_means(
         raise ValueError(
             f"query must be [H={heads}, Q, W] with W a multiple of 8, got {tuple(query.shape)}"
         )
-    checks.expect("codes", codes, (heads, pages // 16, width // 4, 16, 4), torch.uint8, like=query)
-    checks.expect("scale", scale, (heads, 16 * codes.shape[1]), torch.float32, like=query)
-    checks.expect_inner("codes", codes, 4)
-    checks.expect_inner("scale", scale, 1)
+    blocks = (heads, pages // 16, width // 4, 16, 4)
+    checks.expect_part("codes", codes, blocks, torch.uint8, like=query)
+    checks.expect_part("scale", scale, (heads, 16 * codes.shape[1]), torch.float32, like=query)
     means: Tensor = _backend(query, codes).score_means(query, codes, scale, num_threads=num_threads)
     return means
 
 
-def top_pages(rank: Tensor, count: int, *, num_threads: int | None = None) -> Tensor:
-    """The pages of the highest rank; of equal ranks the lower page goes first.
-
-    rank: [H, Q, N] finite floats. Returns [H, Q, min(count, N)] int64, ascending.
-    """
-    if rank.dim() != 3 or count < 0:
-        raise ValueError(
-            f"rank must be [H, Q, N] and count at least 0, got {tuple(rank.shape)} and {count}"
-        )
-    chosen: Tensor = _backend(rank).top_pages(rank, count, num_threads=num_threads)
-    return chosen
-
-
 def search_pages(
     query: Tensor,
-    code_query: Tensor,
-    means: Tensor,
-    chosen: Tensor,
+    turned: Tensor,
+    given: Tensor | None,
+    mean_codes: Tensor,
+    mean_scale: Tensor,
+    spread: Tensor,
     codes: Tensor,
     code_scale: Tensor,
     page_scale: Tensor,
@@ -63,51 +51,74 @@ def search_pages(
     tail: Tensor,
     *,
     k: int,
+    max_pages: int,
     num_candidates: int,
+    optimism: float,
     num_threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The `k` keys of the highest inner product among those of chosen pages, and the tail.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The `k` keys of the highest inner product among those of some pages, and the tail.
 
-    The keys of the chosen pages are scored by their codes; the best `num_candidates` of them, and
-    all of the tail, by themselves. Of equal products the lower id goes first.
+    The pages are given, or the `max_pages` whose product with the mean, plus `optimism` times
+    spread times the query's length, is highest. Their keys are scored by codes; the best
+    `num_candidates` of them, and all of the tail, by themselves. If the pages are not given and
+    `max_pages` is all, no code is read and every key is a candidate. Of equal products the lower id
+    goes first.
 
-    query: [H, Q, D] and code_query: [H, Q, W], the same in the space of the codes. means:
-    [H, Q, N], products with the means in that space. chosen: [H, Q, M] int64 pages, then -1 as
-    padding. codes: [H, N, W / 8, P, 4] uint8, code_scale: [H, N, P] uint8, page_scale: [H, N]
-    float32 (see `KeyCodes`), all contiguous from N on. keys: [H, N, P, D], a view with any strides
-    (rows contiguous). ids: [H, N, P] int32, contiguous from N on, a permutation of 0 .. N P - 1 in
-    each head. tail: [H, T, D], keys with ids from N P on; rows contiguous.
+    query: [H, Q, D], and turned: [H, Q, W'], the same in the space of the codes, W' a multiple of
+    8. given: [H, Q, M] int64 pages, then -1 as padding, or None. mean_codes: [H, N / 16, W' / 4,
+    16, 4] uint8 and mean_scale: [H, N] float32 (see `MeanCodes`). spread: [H, N] float32.
+    codes: [H, N, W / 8, P, 4] uint8, W <= W', code_scale: [H, N, P] uint8 and page_scale: [H, N]
+    float32 (see `KeyCodes`). keys: [H, N, P, D], a view with any strides (rows contiguous). ids:
+    [H, N, P] int32, a permutation of 0 .. N P - 1 in each head. tail: [H, T, D], keys with ids from
+    N P on. Each of them is contiguous but for its heads.
     Returns scores [H, Q, k] float32 and ids [H, Q, k] int64, the best first, padded with -inf and
-    -1, and how many there are, [H, Q] int64.
+    -1; how many there are, and pages scanned, [H, Q] int64.
     """
     heads, pages, page_size, width = keys.shape
     if query.dim() != 3 or query.shape[0] != heads or query.shape[2] != width:
         raise ValueError(f"query must be [H={heads}, Q, D={width}], got {tuple(query.shape)}")
-    shape = (heads, query.shape[1])
-    checks.expect("code_query", code_query, (*shape, 8 * codes.shape[2]), torch.float32, like=keys)
-    checks.expect("means", means, (*shape, pages), torch.float32, like=keys)
-    checks.expect("chosen", chosen, (*shape, chosen.shape[-1]), torch.int64, like=keys)
-    packed = (heads, pages, codes.shape[2], page_size, 4)
-    checks.expect("codes", codes, packed, torch.uint8, like=keys)
-    checks.expect("code_scale", code_scale, (*packed[:2], page_size), torch.uint8, like=keys)
-    checks.expect("page_scale", page_scale, packed[:2], torch.float32, like=keys)
-    checks.expect("ids", ids, (*packed[:2], page_size), torch.int32, like=keys)
-    checks.expect("tail", tail, (heads, tail.shape[1], width), keys.dtype, like=keys)
+    if k < 1 or num_candidates < 0 or max_pages < 0:
+        raise ValueError(
+            "expected k >= 1, num_candidates >= 0 and max_pages >= 0, got "
+            f"{k}, {num_candidates} and {max_pages}"
+        )
+    shape, mean_width = (heads, query.shape[1]), turned.shape[-1]
+    rows, groups = (heads, pages), codes.shape[2]
+    checks.expect("turned", turned, (*shape, mean_width), torch.float32, like=keys)
+    if given is not None:
+        checks.expect("given", given, (*shape, given.shape[-1]), torch.int64, like=keys)
+    if mean_width % 8 or mean_width < 8 * groups:
+        raise ValueError(
+            f"turned must have a multiple of 8 and at least {8 * groups} dimensions, "
+            f"got {mean_width}"
+        )
+    blocks = (heads, pages // 16, mean_width // 4, 16, 4)
+    checks.expect_part("mean_codes", mean_codes, blocks, torch.uint8, like=keys)
+    checks.expect_part("mean_scale", mean_scale, rows, torch.float32, like=keys)
+    checks.expect_part("spread", spread, rows, torch.float32, like=keys)
+    checks.expect_part("codes", codes, (*rows, groups, page_size, 4), torch.uint8, like=keys)
+    checks.expect_part("code_scale", code_scale, (*rows, page_size), torch.uint8, like=keys)
+    checks.expect_part("page_scale", page_scale, rows, torch.float32, like=keys)
+    checks.expect_part("ids", ids, (*rows, page_size), torch.int32, like=keys)
+    checks.expect_part("tail", tail, (heads, tail.shape[1], width), keys.dtype, like=keys)
     checks.expect_stored("keys", keys)
-    checks.expect_rows("tail", tail)
-    for name, part, inner in (
-        ("codes", codes, 4),
-        ("code_scale", code_scale, 2),
-        ("page_scale", page_scale, 1),
-        ("ids", ids, 2),
-    ):
-        checks.expect_inner(name, part, inner)
-    if k < 1 or num_candidates < 0:
-        raise ValueError(f"k must be at least 1, num_candidates 0, got {k} and {num_candidates}")
-    found: tuple[Tensor, Tensor, Tensor] = _backend(query, keys).search_pages(
-        *(query, code_query, means, chosen, codes, code_scale, page_scale, keys, ids, tail),
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _backend(query, keys).search_pages(
+        query,
+        turned,
+        given,
+        mean_codes,
+        mean_scale,
+        spread,
+        codes,
+        code_scale,
+        page_scale,
+        keys,
+        ids,
+        tail,
         k=k,
+        max_pages=max_pages,
         num_candidates=num_candidates,
+        optimism=optimism,
         num_threads=num_threads,
     )
     return found

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from wavekv import __version__
-from wavekv.cli import demo
+from wavekv.cli import index
 from wavekv.errors import WavekvError
 
 
@@ -17,7 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"wavekv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo.add_parser(commands)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] != ["index"]:
+        # the demo needs transformers, which takes seconds to import
+        from wavekv.cli import demo
+
+        demo.add_parser(commands)
+    index.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

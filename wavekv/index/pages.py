@@ -94,7 +94,7 @@ class PageStore:
         self._views = self._make_views()
 
     def __getitem__(self, name: str) -> Tensor:
-        """[H, N, ...] a part, or "keys" [H, N, P, D]: a view, valid until the next change."""
+        """[H, N, ...] a part: a view, valid until the next change."""
         return self._views[name]
 
     def __contains__(self, name: str) -> bool:
@@ -102,7 +102,7 @@ class PageStore:
 
     def views(self) -> Parts:
         """All parts."""
-        return {name: self._views[name] for name in self._parts}
+        return dict(self._views)
 
     def buffer(self, name: str) -> Tensor:
         """[H, capacity, ...] a part and the room behind it."""
@@ -130,8 +130,7 @@ class PageStore:
 
     def _make_views(self) -> Parts:
         # made once: for a single query they would cost as much as a part of the search
-        views = {name: part.view for name, part in self._parts.items()}
-        return views | {"keys": views["pages"][:, :, 0]}
+        return {name: part.view for name, part in self._parts.items()}
 
     def _kept(self, name: str, first: int) -> int:
         # a row of mean codes is a block of pages

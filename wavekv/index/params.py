@@ -15,9 +15,9 @@ BLOCK_PAGES = 16
 class IndexParams:
     """How keys are clustered and coded. A wrong value is a ConfigError."""
 
-    page_size: int = 8
-    """Keys in a page: fewer are found in fewer scanned keys, more cost less memory. A power of two
-    from 1 to 256."""
+    page_size: int = 16
+    """Keys in a page, a power of two from 1 to 256. Smaller pages reach a recall with fewer keys
+    scanned, but there are more of them to rank and to keep."""
     segment: int = 8192
     """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages."""
     code_dims: int | None = None

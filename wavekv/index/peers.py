@@ -65,7 +65,7 @@ class WavePeer:
     """A `WaveIndex` of one head [N, D] at one budget."""
 
     index: WaveIndex
-    budget: float | None = None
+    budget: float = 0.08
     rerank: float = 2.0
     name: str = "wave"
 

@@ -12,7 +12,7 @@ from wavekv.errors import InputError
 from wavekv.index.inputs import expect_count, expect_share
 from wavekv.index.result import SearchResult
 from wavekv.index.state import IndexState
-from wavekv.kernels import score_means, search_pages, select
+from wavekv.kernels import SearchParts, score_means, search_pages, select
 
 DEFAULT_BUDGET = 0.08
 _SCORES_AT_ONCE = 1 << 25
@@ -27,7 +27,7 @@ class SearchOptions:
     top_p: float | None = None
     group: int = 1
     rerank: float = 2.0
-    scale: float | None = None
+    scale: float = 1.0
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class SearchOptions:
             expect_share("top_p", self.top_p)
         if not isinstance(self.rerank, (int, float)) or not 1 <= self.rerank < math.inf:
             raise InputError(f"rerank must be a number of at least 1, got {self.rerank!r}")
-        if self.scale is not None and not 0 < self.scale < math.inf:
+        if not 0 < self.scale < math.inf:
             raise InputError(f"scale must be positive, got {self.scale!r}")
         if self.num_threads is not None:
             expect_count("num_threads", self.num_threads)
@@ -67,29 +67,24 @@ def search_state(queries: Tensor, state: IndexState, options: SearchOptions) -> 
 
 def _search(queries: Tensor, state: IndexState, options: SearchOptions) -> tuple[Tensor, ...]:
     """The fields of a SearchResult."""
-    store, tail, P = state.store, state.tail[:, 0], state.params.page_size
-    most = options.max_pages(store.num_pages, P)
-    by_mass = options.group > 1 or options.top_p is not None
+    parts, P = state.search_parts, state.params.page_size
+    pages, tail = parts.mean_scale.shape[1], parts.tail.shape[1]
+    most = options.max_pages(pages, P)
     # all pages: every key is compared, and no code is read
-    is_exact = state.codec is None or (most >= store.num_pages and options.top_p is None)
+    is_exact = state.codec is None or (most >= pages and options.top_p is None)
     if state.codec is None:
-        turned = queries.new_zeros(*queries.shape[:2], store["mean_codes"].shape[2] * 4)
+        turned = queries.new_zeros(*queries.shape[:2], 4 * parts.mean_codes.shape[2])
     else:
         turned = state.codec.queries(queries)
+    given = None
+    if not is_exact and (options.group > 1 or options.top_p is not None):
+        given = _choose_by_mass(turned, parts, most, options)
     num_candidates = math.ceil(options.rerank * options.k)
-    scores, ids, counts, pages = search_pages(
+    scores, ids, counts, scanned = search_pages(
         queries,
         turned,
-        _choose_by_mass(turned, state, most, options) if by_mass and not is_exact else None,
-        store["mean_codes"],
-        store["mean_scale"],
-        store["spread"],
-        store["codes"],
-        store["code_scale"],
-        store["page_scale"],
-        store["keys"],
-        store["ids"],
-        tail,
+        given,
+        parts,
         k=options.k,
         max_pages=most,
         num_candidates=num_candidates,
@@ -97,22 +92,22 @@ def _search(queries: Tensor, state: IndexState, options: SearchOptions) -> tuple
         optimism=math.sqrt(2 * math.log(P)),
         num_threads=options.num_threads,
     )
-    scanned = pages * P
+    scanned *= P
     compared = scanned if is_exact else scanned.clamp(max=num_candidates)
-    scored = torch.full_like(counts, 0 if is_exact else store.num_pages)
-    return scores, ids, counts, scored, scanned + tail.shape[1], compared + tail.shape[1]
+    scored = torch.full_like(counts, 0 if is_exact else pages)
+    return scores, ids, counts, scored, scanned + tail, compared + tail
 
 
-def _choose_by_mass(turned: Tensor, state: IndexState, most: int, options: SearchOptions) -> Tensor:
+def _choose_by_mass(
+    turned: Tensor, parts: SearchParts, most: int, options: SearchOptions
+) -> Tensor:
     """Pages [H, Q, M] to scan, then -1: those of most softmax mass for each group of queries."""
     H, Q, _ = turned.shape
-    store, P, group = state.store, state.params.page_size, options.group
-    means = score_means(
-        turned, store["mean_codes"], store["mean_scale"], num_threads=options.num_threads
-    )
+    P, group = parts.ids.shape[2], options.group
+    means = score_means(turned, parts.mean_codes, parts.mean_scale, num_threads=options.num_threads)
     # [H, Q, N]: deviation of a page's products, were its keys spread alike in all directions
-    deviation = turned.norm(dim=2, keepdim=True) * store["spread"].unsqueeze(1)
-    log_mass = _log_mass(means, deviation, P, options.scale or 1.0)
+    deviation = turned.norm(dim=2, keepdim=True) * parts.spread.unsqueeze(1)
+    log_mass = _log_mass(means, deviation, P, options.scale)
     # queries that share a choice are heads of one group, and groups a batch
     by_group = log_mass.unflatten(1, (Q // group, group)).transpose(0, 1).flatten(1, 2)
     least = min(most, -(-options.k // P))

@@ -12,6 +12,7 @@ from wavekv.index.pages import PageStore, Parts, build_parts, empty_parts, in_or
 from wavekv.index.params import BLOCK_PAGES, IndexParams
 from wavekv.index.scatter import SpanScatter, scatter_by_span
 from wavekv.index.segments import cut_segments
+from wavekv.kernels import SearchParts, check_parts
 
 _MAPS = "centre", "forward", "backward"
 
@@ -39,6 +40,7 @@ class IndexState:
         self.codec: KeyCodec | None = None
         """None while there is no page."""
         self.scatter = SpanScatter(like[None], self.span_pages) if has_values else None
+        self._search_parts: SearchParts | None = None
 
     @property
     def span_pages(self) -> int:
@@ -89,6 +91,27 @@ class IndexState:
             for page, scatter in scatters:
                 self.scatter.add(page, scatter)
         self.tail, self.codec = tail, codec
+        self._search_parts = None
+
+    @property
+    def search_parts(self) -> SearchParts:
+        """What a search reads: views, valid until the next change."""
+        if self._search_parts is None:
+            store = self.store
+            parts = SearchParts(
+                store["mean_codes"],
+                store["mean_scale"],
+                store["spread"],
+                store["codes"],
+                store["code_scale"],
+                store["page_scale"],
+                store["pages"][:, :, 0],
+                store["ids"],
+                self.tail[:, 0],
+            )
+            check_parts(parts)
+            self._search_parts = parts
+        return self._search_parts
 
     @property
     def nbytes(self) -> int:
@@ -135,6 +158,7 @@ class IndexState:
             self.codec = KeyCodec(centre, forward, backward, self.code_width)
         if self.scatter is not None:
             self.scatter.spans = GrowingTensor.holding(tensors["scatter"], dim=2)
+        self._search_parts = None
 
     def _train(self, keys: Tensor) -> KeyCodec:
         """The codec for an index whose first segment is `keys` [H, S, D]."""

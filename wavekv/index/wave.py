@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -166,10 +165,9 @@ class WaveIndex:
         Cost for a query: D bytes for each page, D / 2 + 1 for each key scanned (half of that with a
         query sample) and `rerank * k` keys.
         """
-        options = SearchOptions(k, budget, top_p, group, rerank, scale, num_threads)
         state = self._state
-        if options.scale is None:
-            options = replace(options, scale=self.dim**-0.5)
+        scale = self.dim**-0.5 if scale is None else scale
+        options = SearchOptions(k, budget, top_p, group, rerank, scale, num_threads)
         asked = self._accept_queries(queries, group, check_finite)
         found = search_state(asked, state, options)
         return as_given(found, is_flat=self._is_flat, is_numpy=not isinstance(queries, Tensor))

@@ -240,7 +240,7 @@ def search_pages(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads, num_queries, width = query.shape
     pages, page_size = keys.shape[1:3]
-    query, turned = float32(query), float32(turned)
+    query, turned = query.contiguous(), turned.contiguous()
     if given is not None:
         given = given.contiguous()
     most = min(pages, max_pages) if given is None else given.shape[2]

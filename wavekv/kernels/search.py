@@ -6,6 +6,7 @@ torch uses. Results never depend on it.
 """
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,19 +37,60 @@ def score_means(
     return means
 
 
+class SearchParts(NamedTuple):
+    """What a search reads of an index; each contiguous but for its heads. Check with `check_parts`
+    once, search often."""
+
+    mean_codes: Tensor
+    """[H, N / 16, W' / 4, 16, 4] uint8, see `MeanCodes`."""
+    mean_scale: Tensor
+    """[H, N] float32"""
+    spread: Tensor
+    """[H, N] float32: deviation of a page's keys from the mean, in any one direction."""
+    codes: Tensor
+    """[H, N, W / 8, P, 4] uint8, W <= W', see `KeyCodes`."""
+    code_scale: Tensor
+    """[H, N, P] uint8"""
+    page_scale: Tensor
+    """[H, N] float32"""
+    keys: Tensor
+    """[H, N, P, D], a view with any strides (rows contiguous)."""
+    ids: Tensor
+    """[H, N, P] int32, a permutation of 0 .. N P - 1 in each head."""
+    tail: Tensor
+    """[H, T, D], keys with ids from N P on."""
+
+
+def check_parts(parts: SearchParts) -> None:
+    """Raise a ValueError if the parts of an index do not fit each other."""
+    keys = parts.keys
+    checks.expect_stored("keys", keys)
+    heads, pages, page_size, width = keys.shape
+    rows = (heads, pages)
+    groups, mean_groups = parts.codes.shape[2], parts.mean_codes.shape[2]
+    if 8 * groups > 4 * mean_groups or 4 * mean_groups < width:
+        raise ValueError(
+            f"codes must have at most as many dimensions as mean_codes, and those at least {width},"
+            f" got {8 * groups} and {4 * mean_groups}"
+        )
+    for name, shape, dtype in (
+        ("mean_codes", (heads, pages // 16, mean_groups, 16, 4), torch.uint8),
+        ("mean_scale", rows, torch.float32),
+        ("spread", rows, torch.float32),
+        ("codes", (*rows, groups, page_size, 4), torch.uint8),
+        ("code_scale", (*rows, page_size), torch.uint8),
+        ("page_scale", rows, torch.float32),
+        ("ids", (*rows, page_size), torch.int32),
+        ("tail", (heads, parts.tail.shape[1], width), keys.dtype),
+    ):
+        checks.expect_part(name, getattr(parts, name), shape, dtype, like=keys)
+
+
 def search_pages(
     query: Tensor,
     turned: Tensor,
     given: Tensor | None,
-    mean_codes: Tensor,
-    mean_scale: Tensor,
-    spread: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
-    page_scale: Tensor,
-    keys: Tensor,
-    ids: Tensor,
-    tail: Tensor,
+    parts: SearchParts,
     *,
     k: int,
     max_pages: int,
@@ -64,57 +106,28 @@ def search_pages(
     `max_pages` is all, no code is read and every key is a candidate. Of equal products the lower id
     goes first.
 
-    query: [H, Q, D], and turned: [H, Q, W'], the same in the space of the codes, W' a multiple of
-    8. given: [H, Q, M] int64 pages, then -1 as padding, or None. mean_codes: [H, N / 16, W' / 4,
-    16, 4] uint8 and mean_scale: [H, N] float32 (see `MeanCodes`). spread: [H, N] float32.
-    codes: [H, N, W / 8, P, 4] uint8, W <= W', code_scale: [H, N, P] uint8 and page_scale: [H, N]
-    float32 (see `KeyCodes`). keys: [H, N, P, D], a view with any strides (rows contiguous). ids:
-    [H, N, P] int32, a permutation of 0 .. N P - 1 in each head. tail: [H, T, D], keys with ids from
-    N P on. Each of them is contiguous but for its heads.
+    query: [H, Q, D], and turned: [H, Q, W'], the same in the space of the codes; float32. given:
+    [H, Q, M] int64 pages, then -1 as padding, or None. parts: see `SearchParts`.
     Returns scores [H, Q, k] float32 and ids [H, Q, k] int64, the best first, padded with -inf and
     -1; how many there are, and pages scanned, [H, Q] int64.
     """
-    heads, pages, page_size, width = keys.shape
-    if query.dim() != 3 or query.shape[0] != heads or query.shape[2] != width:
-        raise ValueError(f"query must be [H={heads}, Q, D={width}], got {tuple(query.shape)}")
+    keys = parts.keys
+    shape = (keys.shape[0], query.shape[1])
+    checks.expect("query", query, (*shape, keys.shape[3]), torch.float32, like=keys)
+    width = 4 * parts.mean_codes.shape[2]
+    checks.expect("turned", turned, (*shape, width), torch.float32, like=keys)
+    if given is not None:
+        checks.expect("given", given, (*shape, given.shape[-1]), torch.int64, like=keys)
     if k < 1 or num_candidates < 0 or max_pages < 0:
         raise ValueError(
             "expected k >= 1, num_candidates >= 0 and max_pages >= 0, got "
             f"{k}, {num_candidates} and {max_pages}"
         )
-    shape, mean_width = (heads, query.shape[1]), turned.shape[-1]
-    rows, groups = (heads, pages), codes.shape[2]
-    checks.expect("turned", turned, (*shape, mean_width), torch.float32, like=keys)
-    if given is not None:
-        checks.expect("given", given, (*shape, given.shape[-1]), torch.int64, like=keys)
-    if mean_width % 8 or mean_width < 8 * groups:
-        raise ValueError(
-            f"turned must have a multiple of 8 and at least {8 * groups} dimensions, "
-            f"got {mean_width}"
-        )
-    blocks = (heads, pages // 16, mean_width // 4, 16, 4)
-    checks.expect_part("mean_codes", mean_codes, blocks, torch.uint8, like=keys)
-    checks.expect_part("mean_scale", mean_scale, rows, torch.float32, like=keys)
-    checks.expect_part("spread", spread, rows, torch.float32, like=keys)
-    checks.expect_part("codes", codes, (*rows, groups, page_size, 4), torch.uint8, like=keys)
-    checks.expect_part("code_scale", code_scale, (*rows, page_size), torch.uint8, like=keys)
-    checks.expect_part("page_scale", page_scale, rows, torch.float32, like=keys)
-    checks.expect_part("ids", ids, (*rows, page_size), torch.int32, like=keys)
-    checks.expect_part("tail", tail, (heads, tail.shape[1], width), keys.dtype, like=keys)
-    checks.expect_stored("keys", keys)
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _backend(query, keys).search_pages(
         query,
         turned,
         given,
-        mean_codes,
-        mean_scale,
-        spread,
-        codes,
-        code_scale,
-        page_scale,
-        keys,
-        ids,
-        tail,
+        *parts,
         k=k,
         max_pages=max_pages,
         num_candidates=num_candidates,

@@ -221,11 +221,11 @@ def grid(**values: Iterable[float]) -> list[dict[str, float]]:
 
 
 def wave_candidate(page_size: int, sampled: bool) -> Candidate:
-    def build(head: Head, threads: int) -> KeyIndex:
+    def build(head: Head, _: int) -> KeyIndex:
         sample = head.query_sample if sampled else None
         params = IndexParams(page_size=page_size)
-        index = WaveIndex.build(head.keys, params, query_sample=sample, num_threads=threads)
-        return WavePeer(index)
+        # takes as many threads as torch does, which `build_all` sets
+        return WavePeer(WaveIndex.build(head.keys, params, query_sample=sample))
 
     family = WAVE_SAMPLE if sampled else WAVE
     return Candidate(family, f"{family}, pages of {page_size}", build, grid(budget=BUDGETS))
@@ -258,8 +258,9 @@ def build_all(candidate: Candidate, heads: list[Head]) -> tuple[list[KeyIndex], 
     """The peers of the last thread setting, and a record of the builds."""
     seconds: dict[str, float] = {}
     if candidate.family in OURS:  # compiled kernels are kept between runs: no part of a build
+        set_threads(CORES)
         small = replace(heads[0], keys=heads[0].keys[:4096])
-        candidate.build(small, 1).search(small.queries, K)
+        candidate.build(small, CORES).search(small.queries, K)
     for threads in candidate.build_threads:
         set_threads(threads)
         began = time.perf_counter()

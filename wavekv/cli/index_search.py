@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from typing import Any
@@ -27,57 +26,48 @@ def run_query(options: argparse.Namespace) -> int:
         raise InputError("--exact compares every key, so --top-p has nothing to choose; drop one")
     if options.output is not None:
         expect_writable(options.output)
-    queries = read_vectors(options.queries)
+    queries = _read_queries(options.queries)
     how = {
         "budget": 1.0 if options.exact else options.budget,
         "top_p": options.top_p,
         "group": options.group,
     }
-    with _open(options) as index:
+    # a mapped file is there at once: no checksums, which would read all of it
+    with WaveIndex.load(options.index, mmap=options.mmap, verify=not options.mmap) as index:
         # the first search of a process loads or compiles the kernels
         index.search(queries[..., : options.group, :], options.k, **how)
         start = time.perf_counter()
         found = index.search(queries, options.k, **how)
         seconds = time.perf_counter() - start
-        result = {"k": options.k, **how, **_work(found, index), "ms_per_query": None}
-    num_queries = queries.shape[-2]
-    if num_queries:
-        result["ms_per_query"] = 1e3 * seconds / num_queries
+        result = {**_described(index, queries, options.k), **how, **_work(found)}
+        result["ms_per_query"] = 1e3 * seconds / result["queries"]
     if options.output is not None:
         write_found(options.output, found.ids, found.scores)
     if options.json:
         # JSON has no infinity
         scores = np.where(np.isfinite(found.scores), found.scores.astype(object), None)
         print(json.dumps({**result, "ids": found.ids.tolist(), "scores": scores.tolist()}))
-    else:
-        _print_found(found)
-        _print_work(result, num_queries)
+        return 0
+    _print_found(found)
+    print(
+        f"{_title(result)}: of each {result['ntotal']} keys, {result['keys_scanned']:.0f} scanned, "
+        f"{result['keys_reranked']:.0f} compared exactly; {result['pages_scored']:.0f} pages "
+        f"ranked; {result['ms_per_query']:.3f} ms a query, all in one call"
+    )
     return 0
 
 
 def run_bench(options: argparse.Namespace) -> int:
     """Recall against exact search, and time, for each budget; one query a call."""
-    queries = read_vectors(options.queries)
-    if queries.shape[-2] == 0:
-        raise InputError(f"expected {options.queries} to hold queries, got none")
-    with _open(options) as index:
+    queries = _read_queries(options.queries)
+    with WaveIndex.load(options.index) as index:
         exact, *rows = _measure(index, queries, options.k, [1.0, *options.budgets])
-        result = {
-            "k": options.k,
-            "queries": queries.shape[-2],
-            "num_heads": index.num_heads,
-            "ntotal": index.ntotal,
-            "nbytes": index.nbytes,
-            "exact_ms": exact["ms"],
-            "budgets": rows,
-        }
+        result = _described(index, queries, options.k)
+        result |= {"exact_ms": exact["ms"], "budgets": rows}
     if options.json:
         print(json.dumps(result))
         return 0
-    print(
-        f"{index_name(result)}, {result['queries']} queries, k={options.k}, "
-        "one query a call (of every head), median time"
-    )
+    print(f"{_title(result)}, {result['ntotal']} keys; one query a call, median time")
     table = [("budget", f"recall@{options.k}", "keys scanned", "ms a query")]
     for row in [*rows, exact]:
         name = "exact" if row is exact else f"{row['budget']}"
@@ -114,3 +104,45 @@ def _measure(
             }
         )
     return rows
+
+
+def _read_queries(source: str) -> Array:
+    queries = read_vectors(source)
+    if queries.shape[-2] == 0:
+        raise InputError(f"expected {source} to hold queries, got none")
+    return queries
+
+
+def _described(index: WaveIndex, queries: Array, k: int) -> dict[str, Any]:
+    return {
+        "queries": queries.shape[-2],
+        "k": k,
+        "ntotal": index.ntotal,
+        "num_heads": index.num_heads,
+        "dim": index.dim,
+        "nbytes": index.nbytes,
+    }
+
+
+def _work(found: SearchResult) -> dict[str, float]:
+    """Means over the queries of all heads."""
+    names = ("pages_scored", "keys_scanned", "keys_reranked")
+    return {name: float(getattr(found, name).mean()) for name in names}
+
+
+def _title(result: dict[str, Any]) -> str:
+    heads = "" if result["num_heads"] == 1 else f" of each of {result['num_heads']} heads"
+    return f"{result['queries']} queries{heads}, k={result['k']}"
+
+
+def _print_found(found: SearchResult) -> None:
+    """The best keys of the first few queries, of each head in turn."""
+    ids, scores = (x.reshape(-1, x.shape[-1]) for x in (found.ids, found.scores))
+    num_queries, width = found.ids.shape[-2], min(_SHOWN_KEYS, ids.shape[1])
+    rows = [("query", "best ids (scores)", *[""] * (width - 1))]
+    for row in range(min(_SHOWN_QUERIES, len(ids))):
+        head, query = divmod(row, num_queries)
+        name = f"{query}" if found.ids.ndim == 2 else f"head {head}, {query}"
+        best = zip(ids[row, :width], scores[row, :width], strict=True)
+        rows.append((name, *("-" if i < 0 else f"{i} ({s:.4g})" for i, s in best)))
+    print_table(rows)

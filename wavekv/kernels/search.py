@@ -64,7 +64,12 @@ class SearchParts(NamedTuple):
 def check_parts(parts: SearchParts) -> None:
     """Raise a ValueError if the parts of an index do not fit each other."""
     keys = parts.keys
-    checks.expect_stored("keys", keys)
+    if keys.dim() != 4 or keys.dtype not in checks.STORED_DTYPES:
+        raise ValueError(
+            f"keys must be [H, N, P, D] float32, bfloat16 or float16, got {tuple(keys.shape)} "
+            f"{keys.dtype}"
+        )
+    checks.expect_rows("keys", keys)
     heads, pages, page_size, width = keys.shape
     rows = (heads, pages)
     groups, mean_groups = parts.codes.shape[2], parts.mean_codes.shape[2]

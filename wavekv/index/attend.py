@@ -58,8 +58,8 @@ def attend_state(
     if state.codec is None or state.scatter is None:
         out, lse = (_by_query(x, H, group) for x in near)
         return AttendResult(out, lse, attended, torch.zeros_like(lse))
-    pages = _summary(state.store, state.scatter, B)
-    turned = state.codec.queries(queries)[..., : state.code_width]
+    pages = _summary(state, state.scatter, B)
+    turned = state.codec.queries(queries)[..., : state.code_dims]
     least, most = limits
     choice = choose_pages(
         query,
@@ -71,7 +71,7 @@ def attend_state(
         top_p=top_p,
         num_candidates=_CANDIDATES * most,
     )
-    chosen = _attend_chosen(query, state.store, choice.pages, logits)
+    chosen = _attend_chosen(query, state.pages, choice.pages, logits)
     rest = estimate_others(query, choice, pages, scale)
     out, lse = merge_state(*merge_state(*near, *chosen), *rest)
     read = (choice.pages >= 0).sum(2) * state.params.page_size
@@ -92,10 +92,10 @@ def expect_group(queries: Tensor, group: int) -> None:
 
 
 def _attend_chosen(
-    query: Tensor, store: PageStore, chosen: Tensor, logits: Logits
+    query: Tensor, pages: PageStore, chosen: Tensor, logits: Logits
 ) -> tuple[Tensor, Tensor]:
     """The attention state of the chosen pages [B, H, M], read where they lie."""
-    buffer = store.buffer("pages")
+    buffer = pages.buffer("pages")
     H, capacity = buffer.shape[:2]
     first = torch.arange(H, device=query.device)[:, None] * capacity
     ids = torch.where(chosen >= 0, chosen + first, -1)
@@ -104,22 +104,23 @@ def _attend_chosen(
     return attend_pages(query, [buffer.flatten(0, 1)], ids, counts, scale=scale, softcap=softcap)
 
 
-def _summary(store: PageStore, scatter: SpanScatter, batch: int) -> PageSummary:
+def _summary(state: IndexState, scatter: SpanScatter, batch: int) -> PageSummary:
     """The pages as each of `batch` groups of queries sees them: views."""
 
     def shared(x: Tensor) -> Tensor:
         return x.expand(batch, *x.shape)
 
-    H, N, P = store["ids"].shape
-    counts = torch.full((H, N), P, dtype=torch.int32, device=store["ids"].device)
+    pages, codes = state.pages, state.codes
+    H, N, P = pages["ids"].shape
+    counts = torch.full((H, N), P, dtype=torch.int32, device=state.tail.device)
     return PageSummary(
         counts=shared(counts),
-        mean=shared(store["mean"]),
-        variance=shared(store["variance"]),
-        value_mean=shared(store["value_mean"]),
-        codes=shared(store["codes"]),
-        code_scale=shared(store["code_scale"]),
-        page_scale=shared(store["page_scale"]),
+        mean=shared(pages["mean"]),
+        variance=shared(pages["variance"]),
+        value_mean=shared(pages["value_mean"]),
+        codes=shared(codes["codes"]),
+        code_scale=shared(codes["code_scale"]),
+        page_scale=shared(codes["page_scale"]),
         scatter=shared(scatter.spans.view[0]),
         span_pages=scatter.span_pages,
     )

@@ -1,4 +1,4 @@
-"""The codec: the space in which keys are clustered and coded.
+"""The codec: the space in which keys are coded.
 
 A key k becomes z = (k - centre) F, a query q becomes y = q B, with F B^T the identity, so that
 y.z = q.k - q.centre: ranking is unchanged, and rounding errors of z fall where the codec wants.
@@ -6,7 +6,7 @@ y.z = q.k - q.centre: ranking is unchanged, and rounding errors of z fall where 
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 _RIDGE = 0.1
 """Share of the mean second moment of the queries that every direction gets: a sample is small, and
 the queries to come drift (SMAQ: an unshrunk metric is unstable)."""
+_KEPT = 0.95
+"""Share of the variance of keys inside pages, as queries see it, that codes keep by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +30,12 @@ class KeyCodec:
     backward: Tensor
     """[H, D, D], B."""
     code_dims: int
-    """W, a multiple of 8; with D below it, the rest is zero."""
+    """W, a multiple of 8: at most D rounded up to one."""
 
     def keys(self, keys: Tensor) -> Tensor:
-        """[H, S, D] any float dtype -> z [H, S, D] float32."""
-        return torch.bmm(keys.float() - self.centre.unsqueeze(1), self.forward)
+        """[H, n, P, D] any float dtype -> z [H, n, P, D] float32."""
+        z = torch.bmm(keys.flatten(1, 2).float() - self.centre.unsqueeze(1), self.forward)
+        return z.view(keys.shape)
 
     def queries(self, queries: Tensor) -> Tensor:
         """[H, Q, D] float32 -> y [H, Q, D rounded up to a multiple of 8] float32."""
@@ -52,45 +55,86 @@ def query_metric(queries: Tensor) -> Tensor:
     return (shrunk / (1 + _RIDGE)).float()
 
 
-def metric_codec(keys: Tensor, metric: Tensor | None, code_dims: int) -> KeyCodec:
-    """The codec of a metric alone: distances of z are errors of inner products as queries of that
-    metric see them (A2ATS, 2025, clusters in it too). None: all directions count the same.
+def clustering_map(metric: Tensor) -> Tensor:
+    """[H, D, D]: the space to cluster keys in, the fourth root of a metric.
 
-    keys: [H, S, D], S >= 1, to take the centre from.
+    Half-way between distances of keys and distances as queries see them (the square root): pages
+    are found about as well as in the latter, and keys spread less in what queries see little of,
+    which codes drop.
     """
-    H, _, D = keys.shape
-    centre = keys.float().mean(1)
-    if metric is None:
-        forward = backward = torch.eye(D, device=keys.device).expand(H, D, D)
-    else:
-        power = metric.double()
-        values, vectors = torch.linalg.eigh(power)
-        root = values.clamp_min(torch.finfo(torch.float32).tiny).sqrt().unsqueeze(1)
-        forward = ((vectors * root) @ vectors.mT).float()
-        backward = ((vectors / root) @ vectors.mT).float()
-    return KeyCodec(centre, forward.contiguous(), backward.contiguous(), code_dims)
+    return _power(metric, 0.25).float()
 
 
-def spread_codec(codec: KeyCodec, scatter: Tensor) -> KeyCodec:
-    """Turn the space of a codec so that its codes lose least.
+def train_codec(
+    segments: Iterable[Tensor], metric: Tensor | None, code_dims: int | None
+) -> KeyCodec:
+    """The codec for pages like those of `segments`, [H, n, P, D] each.
 
-    The first `code_dims` directions become those in which keys vary most inside their pages
-    (scatter [H, D, D], of z); the rest of a key's residual has no code. Both parts are then mixed:
-    no direction stands out, which is what one scale for a whole key wants (QuaRot, 2024).
+    In the square root of the metric an error counts as queries see it (A2ATS, 2025). The first
+    directions of z are those in which keys vary most inside their pages, then all are mixed, so
+    that none stands out: one scale serves a whole key (QuaRot, 2024).
+
+    code_dims: how many directions get a code; None: all without a metric, else as many as keep 95 %
+    of the variance in every head.
     """
+    total, count, scatter = None, 0, None
+    for pages in segments:
+        keys = pages.float()
+        residual = (keys - keys.mean(2, keepdim=True)).flatten(1, 2)
+        part, within = keys.sum((1, 2)), residual.mT @ residual
+        total = part if total is None else total + part
+        scatter = within if scatter is None else scatter + within
+        count += keys.shape[1] * keys.shape[2]
+    assert total is not None
+    assert scatter is not None
     D = scatter.shape[-1]
-    turn = torch.linalg.eigh(scatter.double()).eigenvectors.flip(2)
-    W = min(codec.code_dims, D)
+    root = torch.eye(D, device=scatter.device).double().expand(scatter.shape)
+    inverse = root
+    if metric is not None:
+        root, inverse = _power(metric, 0.5), _power(metric, -0.5)
+    spread, turn = torch.linalg.eigh(root @ scatter.double() @ root)
+    spread, turn = spread.flip(1), turn.flip(2)
+    most = -(-D // 8) * 8
+    if code_dims is None:
+        code_dims = most if metric is None else min(most, _dims_to_keep(spread))
+    W = min(code_dims, D)
     mix = torch.block_diag(_mixing(W), *([_mixing(D - W)] if D > W else []))
-    turn = (turn @ mix.to(turn)).float()
-    return KeyCodec(codec.centre, codec.forward @ turn, codec.backward @ turn, codec.code_dims)
+    turn = turn @ mix.to(turn)
+    forward, backward = (root @ turn).float(), (inverse @ turn).float()
+    return KeyCodec(total / count, forward, backward, code_dims)
+
+
+def _dims_to_keep(spread: Tensor) -> int:
+    """How many of the variances [H, D], largest first, hold `_KEPT` of all in every head; rounded
+    up to a multiple of 8."""
+    left = spread.clamp_min(0)
+    wanted = _KEPT * left.sum(1, keepdim=True)
+    dims = int((left.cumsum(1) < wanted).sum(1).max()) + 1
+    return -(-dims // 8) * 8
+
+
+def _power(metric: Tensor, exponent: float) -> Tensor:
+    """A power of positive definite matrices, float64."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    powers = values.clamp_min(torch.finfo(torch.float32).tiny) ** exponent
+    power: Tensor = (vectors * powers.unsqueeze(1)) @ vectors.mT
+    return power
 
 
 def _mixing(size: int) -> Tensor:
-    """An orthogonal matrix [n, n] with entries of about the same size: a cosine transform with
-    signs from a Weyl sequence."""
-    n = torch.arange(size, dtype=torch.float64)
-    matrix = math.sqrt(2 / size) * torch.cos(math.pi / size * n[:, None] * (n + 0.5))
-    matrix[0] /= math.sqrt(2)
-    signs = torch.where(n * 40503 % 65536 < 32768, 1.0, -1.0).double()
-    return signs[:, None] * matrix.T
+    """An orthogonal matrix [n, n] that spreads decreasing variances evenly: rows are dealt to
+    blocks back and forth, as cards are, and each block is mixed by a Hadamard matrix, its size the
+    largest power of two in n."""
+    block = size & -size
+    hadamard = torch.ones(1, 1, dtype=torch.float64)
+    while len(hadamard) < block:
+        hadamard = torch.cat(
+            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
+        )
+    num_blocks = size // block
+    dealt = torch.arange(size).view(block, num_blocks)
+    dealt[1::2] = dealt[1::2].flip(1)
+    matrix = torch.zeros(size, size, dtype=torch.float64)
+    for b in range(num_blocks):
+        matrix[dealt[:, b], b * block : (b + 1) * block] = hadamard / block**0.5
+    return matrix

@@ -9,61 +9,79 @@ from wavekv.growing import GrowingTensor
 from wavekv.index.clustering import balanced_pages
 from wavekv.index.codec import KeyCodec
 from wavekv.index.codes import decode_means, encode_keys, encode_means
-from wavekv.index.params import BLOCK_PAGES, IndexParams
+from wavekv.index.params import BLOCK_PAGES
 from wavekv.index.statistics import page_statistics
 
 Parts = dict[str, Tensor]
-"""Tensors [H, N, ...] by name."""
+"""Tensors [H, N, ...] by name, all of the same pages."""
 
 STATISTICS = ("mean", "variance", "value_mean")
 
 
-def empty_parts(like: Tensor, params: IndexParams, *, code_width: int, has_values: bool) -> Parts:
-    """Parts of no page. like: [H, 0, D] keys, for device and dtype."""
+def empty_pages(like: Tensor, page_size: int, *, has_values: bool) -> Parts:
+    """Of no page what `cluster` returns. like: [H, 0, D] keys, for device and dtype."""
     H, _, D = like.shape
-    P = params.page_size
     parts = {
-        # [H, N, 1 or 2, P, D]: keys, then values, as they came
-        "pages": like.new_empty(H, 0, 1 + has_values, P, D),
-        "ids": like.new_empty(H, 0, P, dtype=torch.int32),
-        # [H, N / 16, W' / 4, 16, 4] and [H, N]: see `MeanCodes`; of z
-        "mean_codes": like.new_empty(H, 0, -(-D // 8) * 2, BLOCK_PAGES, 4, dtype=torch.uint8),
-        "mean_scale": like.new_empty(H, 0, dtype=torch.float32),
-        # [H, N]: deviation of z from the mean, in any one direction
-        "spread": like.new_empty(H, 0, dtype=torch.float32),
-        # see `KeyCodes`; of z
-        "codes": like.new_empty(H, 0, code_width // 8, P, 4, dtype=torch.uint8),
-        "code_scale": like.new_empty(H, 0, P, dtype=torch.uint8),
-        "page_scale": like.new_empty(H, 0, dtype=torch.float32),
+        # keys, then values, as they came
+        "pages": like.new_empty(H, 0, 1 + has_values, page_size, D),
+        "ids": like.new_empty(H, 0, page_size, dtype=torch.int32),
     }
     if has_values:
         parts |= {name: like.new_empty(H, 0, D) for name in STATISTICS}
     return parts
 
 
-def build_parts(
-    keys: Tensor, values: Tensor | None, codec: KeyCodec, params: IndexParams, *, start: int
+def cluster(
+    keys: Tensor, values: Tensor | None, turn: Tensor | None, page_size: int, *, start: int
 ) -> Parts:
-    """Cluster one segment of keys [H, S, D] with ids from `start` on, and code its pages.
+    """The pages of one segment: keys [H, S, D] with ids from `start` on, and their values.
 
-    Cost: O(S log(S / P) D + S D^2) a head: see `balanced_pages`, and two products with the codec.
+    turn: [H, D, D], the map to the space to cluster in, or None. Values: page statistics for
+    attention come with them. Cost: see `balanced_pages`.
     """
     H, S, D = keys.shape
-    P = params.page_size
-    z = codec.keys(keys)
-    order = balanced_pages(z, P)
+    order = balanced_pages(keys if turn is None else torch.bmm(keys.float(), turn), page_size)
     rows = order[..., None].expand(-1, -1, D)
     given = [keys] if values is None else [keys, values]
-    pages = torch.stack([x.gather(1, rows).view(H, S // P, P, D) for x in given], 2)
-    z = z.gather(1, rows).view(H, S // P, P, D)
+    pages = torch.stack([x.gather(1, rows).view(H, -1, page_size, D) for x in given], 2)
+    parts = {"pages": pages, "ids": (order + start).to(torch.int32).view(H, -1, page_size)}
+    if values is not None:
+        counts = torch.full((H, S // page_size), page_size, device=keys.device)
+        statistics = page_statistics(pages[:, :, 0], pages[:, :, 1], counts, dtype=keys.dtype)
+        parts |= dict(zip(STATISTICS, statistics, strict=True))
+    return parts
+
+
+def empty_codes(like: Tensor, page_size: int, code_dims: int) -> Parts:
+    """Of no page what `encode` returns. like: [H, 0, D] keys."""
+    H, _, D = like.shape
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return like.new_empty(H, 0, *shape, dtype=dtype)
+
+    return {
+        # of z, see `MeanCodes`: a row is a block of pages
+        "mean_codes": empty(-(-D // 8) * 2, BLOCK_PAGES, 4, dtype=torch.uint8),
+        "mean_scale": empty(dtype=torch.float32),
+        # deviation of z from its page's mean, in any one direction
+        "spread": empty(dtype=torch.float32),
+        # of z, see `KeyCodes`
+        "codes": empty(code_dims // 8, page_size, 4, dtype=torch.uint8),
+        "code_scale": empty(page_size, dtype=torch.uint8),
+        "page_scale": empty(dtype=torch.float32),
+    }
+
+
+def encode(pages: Tensor, codec: KeyCodec) -> Parts:
+    """The codes of pages of keys [H, n, P, D]. Cost: O(n P D^2) a head."""
+    H, n, P, D = pages.shape
+    z = codec.keys(pages)
     mean = z.mean(2)
     mean_codes = encode_means(mean)
     W = min(codec.code_dims, D)
-    counts = torch.full((H, S // P), P, device=keys.device)
+    counts = torch.full((H, n), P, device=pages.device)
     codes = encode_keys(z[..., :W], decode_means(mean_codes)[..., :W], counts)
-    parts = {
-        "pages": pages,
-        "ids": (order + start).to(torch.int32).view(H, S // P, P),
+    return {
         "mean_codes": mean_codes.codes,
         "mean_scale": mean_codes.scale,
         "spread": (z - mean.unsqueeze(2)).square().mean((2, 3)).sqrt(),
@@ -71,10 +89,6 @@ def build_parts(
         "code_scale": codes.scale,
         "page_scale": codes.page_scale,
     }
-    if values is not None:
-        statistics = page_statistics(pages[:, :, 0], pages[:, :, 1], counts, dtype=keys.dtype)
-        parts |= dict(zip(STATISTICS, statistics, strict=True))
-    return parts
 
 
 def in_order(pages: Tensor, ids: Tensor, start: int) -> Tensor:
@@ -97,9 +111,6 @@ class PageStore:
         """[H, N, ...] a part: a view, valid until the next change."""
         return self._views[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._parts
-
     def views(self) -> Parts:
         """All parts."""
         return dict(self._views)
@@ -108,22 +119,22 @@ class PageStore:
         """[H, capacity, ...] a part and the room behind it."""
         return self._parts[name].buffer
 
-    def nbytes(self, *names: str) -> int:
-        """Bytes of the named parts."""
-        return sum(self._parts[name].nbytes for name in names if name in self._parts)
-
     @property
     def num_pages(self) -> int:
         """Pages N of each head."""
-        return self._views["ids"].shape[1]
+        return next(x for name, x in self._views.items() if name != "mean_codes").shape[1]
+
+    def reserve(self, first: int, segments: list[Parts]) -> None:
+        """Make room for `replace`, which then cannot fail."""
+        for name, part in self._parts.items():
+            rows = sum(segment[name].shape[1] for segment in segments)
+            part.reserve(_rows(name, first) + rows)
 
     def replace(self, first: int, segments: list[Parts]) -> None:
-        """Put the pages of `segments` where those from `first` on were. All or nothing."""
-        kept = {name: self._kept(name, first) for name in self._parts}
+        """Put the pages of `segments` where those from `first` on were."""
+        self.reserve(first, segments)
         for name, part in self._parts.items():
-            part.reserve(kept[name] + sum(segment[name].shape[1] for segment in segments))
-        for name, part in self._parts.items():
-            part.truncate(kept[name])
+            part.truncate(_rows(name, first))
             for segment in segments:
                 part.append(segment[name])
         self._views = self._make_views()
@@ -132,6 +143,6 @@ class PageStore:
         # made once: for a single query they would cost as much as a part of the search
         return {name: part.view for name, part in self._parts.items()}
 
-    def _kept(self, name: str, first: int) -> int:
-        # a row of mean codes is a block of pages
-        return first // BLOCK_PAGES if name == "mean_codes" else first
+
+def _rows(name: str, pages: int) -> int:
+    return pages // BLOCK_PAGES if name == "mean_codes" else pages

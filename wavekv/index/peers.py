@@ -5,12 +5,13 @@ Scores are inner products everywhere. faiss is optional and imported where it is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from wavekv.errors import ConfigError
@@ -56,7 +57,8 @@ class ExactPeer:
     def search(self, queries: Floats, k: int, *, num_threads: int | None = None) -> Found:
         from wavekv.index import exact_search
 
-        scores, ids = exact_search(self.keys, queries, k, num_threads=num_threads)
+        with _threads(num_threads, torch.get_num_threads, torch.set_num_threads):
+            scores, ids = exact_search(self.keys, queries, k)
         return scores, ids
 
 
@@ -113,7 +115,7 @@ class FaissPeer:
         index = faiss.index_factory(keys.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         if ef_construction is not None:
             faiss.ParameterSpace().set_index_parameter(index, "efConstruction", ef_construction)
-        with _threads(faiss, num_threads):
+        with _threads(num_threads, faiss.omp_get_max_threads, faiss.omp_set_num_threads):
             index.train(keys)
             index.add(keys)
         nbytes = len(faiss.serialize_index(index))
@@ -144,7 +146,8 @@ class FaissPeer:
 
     def search(self, queries: Floats, k: int, *, num_threads: int | None = None) -> Found:
         """See `KeyIndex.search`; where keys are missing, faiss gives the lowest float32."""
-        with _threads(_faiss(), num_threads):
+        faiss = _faiss()
+        with _threads(num_threads, faiss.omp_get_max_threads, faiss.omp_set_num_threads):
             scores, ids = self.index.search(queries, k, params=self.parameters)
         return scores, ids
 
@@ -158,14 +161,19 @@ def _faiss() -> Any:
 
 
 @contextmanager
-def _threads(faiss: Any, num_threads: int | None) -> Iterator[None]:
-    """Set the thread count of faiss, which is global, and put the old one back."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(num_threads or before)
+def _threads(
+    num_threads: int | None, get: Callable[[], int], put: Callable[[int], None]
+) -> Iterator[None]:
+    """Set the thread count of a library, which is global, and put the old one back."""
+    if num_threads is None:
+        yield
+        return
+    before = get()
+    put(num_threads)
     try:
         yield
     finally:
-        faiss.omp_set_num_threads(before)
+        put(before)
 
 
 def _search_parameters(faiss: Any, index: Any, left: dict[str, float]) -> Any:

@@ -57,7 +57,7 @@ class SearchOptions:
 
 def search_state(queries: Tensor, state: IndexState, options: SearchOptions) -> SearchResult:
     """Search with queries [H, Q, D] float32 among the pages and the tail of an index."""
-    per_query = queries.shape[0] * max(1, state.store.num_pages)
+    per_query = queries.shape[0] * max(1, state.pages.num_pages)
     step = max(1, _SCORES_AT_ONCE // per_query // options.group) * options.group
     if queries.shape[1] <= step:
         return SearchResult(*_search(queries, state, options))

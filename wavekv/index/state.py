@@ -6,19 +6,34 @@ import torch
 from torch import Tensor
 
 from wavekv.growing import GrowingTensor
-from wavekv.index.clustering import balanced_pages
-from wavekv.index.codec import KeyCodec, metric_codec, spread_codec
-from wavekv.index.pages import PageStore, Parts, build_parts, empty_parts, in_order
+from wavekv.index.codec import KeyCodec, clustering_map, train_codec
+from wavekv.index.pages import (
+    PageStore,
+    Parts,
+    cluster,
+    empty_codes,
+    empty_pages,
+    encode,
+    in_order,
+)
 from wavekv.index.params import BLOCK_PAGES, IndexParams
 from wavekv.index.scatter import SpanScatter, scatter_by_span
 from wavekv.index.segments import cut_segments
 from wavekv.kernels import SearchParts, check_parts
 
+Expected = dict[str, tuple[torch.dtype, list[int]]]
+"""Type and shape of tensors by name."""
+
 _MAPS = "centre", "forward", "backward"
 
 
 class IndexState:
-    """Pages, the tail that is in no page yet, and the codec: a function of the keys alone."""
+    """Pages, their codes, and the tail that is in no page yet: a function of the keys alone.
+
+    How many keys there are fixes the segments, and which of them the codec is trained on: the first
+    1, 2, 4, 8, ... When that number doubles, all codes are made anew, which costs little beside
+    the clustering.
+    """
 
     def __init__(
         self, like: Tensor, params: IndexParams, *, has_values: bool, metric: Tensor | None
@@ -30,11 +45,10 @@ class IndexState:
             ConfigError: more `code_dims` than D.
         """
         H, _, D = like.shape
+        params.expect_dim(D)
         self.params, self.metric, self.has_values = params, metric, has_values
-        self.code_width = params.code_width(D, metric is not None)
-        self.store = PageStore(
-            empty_parts(like, params, code_width=self.code_width, has_values=has_values)
-        )
+        self.pages = PageStore(empty_pages(like, params.page_size, has_values=has_values))
+        self.codes = PageStore(empty_codes(like, params.page_size, 8))
         self.tail = like.new_empty(H, 1 + has_values, 0, D)
         """[H, 1 or 2, T, D] keys, then values, of the last ids."""
         self.codec: KeyCodec | None = None
@@ -50,7 +64,7 @@ class IndexState:
     @property
     def num_keys(self) -> int:
         """Keys N of each head."""
-        return self.store.num_pages * self.params.page_size + self.tail.shape[2]
+        return self.pages.num_pages * self.params.page_size + self.tail.shape[2]
 
     def segments_of(self, num_keys: int) -> list[int]:
         """The segments that so many keys fall into."""
@@ -69,58 +83,59 @@ class IndexState:
         start = sum(after[:kept])
         first = start // self.params.page_size
         rest = torch.cat([self._held_from(first), new], 2)[:, :, : num_keys - start]
+        clustered = self._cluster(rest, after[kept:], start)
+        tail = rest[:, :, sum(after[kept:]) :].clone()
         codec = self.codec
-        if kept == 0:
-            # the first segment is new, so everything behind it is too
-            codec = self._train(rest[:, 0, : after[0]]) if after else None
-        segments: list[Parts] = []
-        done = 0
-        for length in after[kept:]:
-            assert codec is not None
-            keys, *values = rest[:, :, done : done + length].unbind(1)
-            given = values[0] if values else None
-            segments.append(build_parts(keys, given, codec, self.params, start=start + done))
-            done += length
-        cut = self._scatter_before(first)
-        scatters = self._scatters(first, segments)
-        # from here on only memory can run out, and nothing is lost if it does
-        tail = rest[:, :, done:].clone()
-        self.store.replace(first, segments)
+        if kept < _num_trained(after) or _num_trained(before) != _num_trained(after):
+            codec = self._train(after, kept, clustered)
+        codes, coded = self.codes, []
+        if codec is not None:
+            coded = [encode(segment["pages"][:, :, 0], codec) for segment in clustered]
+            if codec is not self.codec:
+                codes = self._encode_kept(first, codec)
+        scatters, cut = self._scatters(first, clustered), self._scatter_before(first)
+        # the last that can fail for want of memory
+        codes.reserve(first, coded)
+        self.pages.replace(first, clustered)
+        codes.replace(first, coded)
         if self.scatter is not None:
             self.scatter.truncate(first, cut)
             for page, scatter in scatters:
                 self.scatter.add(page, scatter)
-        self.tail, self.codec = tail, codec
+        self.tail, self.codec, self.codes = tail, codec, codes
         self._search_parts = None
 
     @property
     def search_parts(self) -> SearchParts:
         """What a search reads: views, valid until the next change."""
         if self._search_parts is None:
-            store = self.store
+            names = "mean_codes", "mean_scale", "spread", "codes", "code_scale", "page_scale"
+            mean_codes, mean_scale, spread, codes, code_scale, page_scale = (
+                self.codes[name] for name in names
+            )
             parts = SearchParts(
-                store["mean_codes"],
-                store["mean_scale"],
-                store["spread"],
-                store["codes"],
-                store["code_scale"],
-                store["page_scale"],
-                store["pages"][:, :, 0],
-                store["ids"],
-                self.tail[:, 0],
+                mean_codes,
+                mean_scale,
+                spread,
+                codes,
+                code_scale,
+                page_scale,
+                keys=self.pages["pages"][:, :, 0],
+                ids=self.pages["ids"],
+                tail=self.tail[:, 0],
             )
             check_parts(parts)
             self._search_parts = parts
         return self._search_parts
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is held."""
-        return sum(x.nbytes for x in self.tensors().values())
+    def code_dims(self) -> int:
+        """Directions that keys have codes of."""
+        return 8 * self.codes["codes"].shape[2]
 
     def tensors(self) -> Parts:
         """All that is held, by name: what a file has to keep."""
-        held = {**self.store.views(), "tail": self.tail}
+        held = {**self.pages.views(), **self.codes.views(), "tail": self.tail}
         if self.metric is not None:
             held["metric"] = self.metric
         if self.codec is not None:
@@ -129,15 +144,16 @@ class IndexState:
             held["scatter"] = self.scatter.spans.view
         return held
 
-    def expected_parts(self, num_keys: int) -> dict[str, tuple[torch.dtype, list[int]]]:
-        """Type and shape of each of `tensors` with so many keys; of an empty index."""
+    def expected_parts(self, num_keys: int, code_dims: int) -> Expected:
+        """Type and shape that each of `tensors` has with so many keys; of an empty index."""
         H, V, _, D = self.tail.shape
         sealed = sum(self.segments_of(num_keys))
         num_pages = sealed // self.params.page_size
         expected = {}
-        for name, part in self.store.views().items():
+        for name, part in {**self.pages.views(), **self.codes.views()}.items():
             rows = num_pages // BLOCK_PAGES if name == "mean_codes" else num_pages
             expected[name] = part.dtype, [H, rows, *part.shape[2:]]
+        expected["codes"][1][2] = code_dims // 8
         expected["tail"] = self.tail.dtype, [H, V, num_keys - sealed, D]
         if self.metric is not None:
             expected["metric"] = torch.float32, [H, D, D]
@@ -151,30 +167,51 @@ class IndexState:
 
     def restore(self, tensors: Parts) -> None:
         """Hold what `tensors` returned. Only of an empty index."""
-        self.store = PageStore({name: tensors[name] for name in self.store.views()})
+        self.pages = PageStore({name: tensors[name] for name in self.pages.views()})
+        self.codes = PageStore({name: tensors[name] for name in self.codes.views()})
         self.tail, self.metric = tensors["tail"], tensors.get("metric")
         if "centre" in tensors:
             centre, forward, backward = (tensors[name] for name in _MAPS)
-            self.codec = KeyCodec(centre, forward, backward, self.code_width)
+            self.codec = KeyCodec(centre, forward, backward, self.code_dims)
         if self.scatter is not None:
             self.scatter.spans = GrowingTensor.holding(tensors["scatter"], dim=2)
-        self._search_parts = None
 
-    def _train(self, keys: Tensor) -> KeyCodec:
-        """The codec for an index whose first segment is `keys` [H, S, D]."""
-        H, S, D = keys.shape
-        codec = metric_codec(keys, self.metric, self.code_width)
-        z = codec.keys(keys)
-        order = balanced_pages(z, self.params.page_size)
-        pages = z.gather(1, order[..., None].expand(-1, -1, D)).view(
-            H, -1, self.params.page_size, D
-        )
-        residual = (pages - pages.mean(2, keepdim=True)).view(H, S, D)
-        return spread_codec(codec, residual.mT @ residual)
+    def _cluster(self, tokens: Tensor, lengths: list[int], start: int) -> list[Parts]:
+        """The segments of so many of the keys and values [H, 1 or 2, S, D], with ids from
+        `start`."""
+        turn = None if self.metric is None else clustering_map(self.metric)
+        segments, done = [], 0
+        for length in lengths:
+            keys, *values = tokens[:, :, done : done + length].unbind(1)
+            given = values[0] if values else None
+            size = self.params.page_size
+            segments.append(cluster(keys, given, turn, size, start=start + done))
+            done += length
+        return segments
+
+    def _train(self, lengths: list[int], kept: int, clustered: list[Parts]) -> KeyCodec | None:
+        """The codec for an index of such segments, of which the first `kept` are held."""
+        segments, end = [], 0
+        for index in range(_num_trained(lengths)):
+            begin, end = end, end + lengths[index] // self.params.page_size
+            if index < kept:
+                segments.append(self.pages["pages"][:, begin:end, 0])
+            else:
+                segments.append(clustered[index - kept]["pages"][:, :, 0])
+        return train_codec(segments, self.metric, self.params.code_dims) if segments else None
+
+    def _encode_kept(self, num_pages: int, codec: KeyCodec) -> PageStore:
+        """New codes of the first pages."""
+        like = self.tail[:, 0, :0]
+        codes = PageStore(empty_codes(like, self.params.page_size, codec.code_dims))
+        span, pages = self.span_pages, self.pages["pages"][:, :num_pages, 0]
+        if num_pages:
+            codes.replace(0, [encode(part, codec) for part in pages.split(span, 1)])
+        return codes
 
     def _held_from(self, first: int) -> Tensor:
         """Keys and values [H, 1 or 2, S, D] from page `first` on, the tail included, by id."""
-        pages, ids = self.store["pages"][:, first:], self.store["ids"][:, first:]
+        pages, ids = self.pages["pages"][:, first:], self.pages["ids"][:, first:]
         if pages.shape[1] == 0:
             return self.tail
         held = in_order(pages, ids, first * self.params.page_size).transpose(0, 1)
@@ -183,9 +220,9 @@ class IndexState:
     def _scatter_before(self, first: int) -> Tensor | None:
         """The scatter [1, H, 2, D, D] of a span that page `first` cuts, up to there."""
         begin = first - first % self.span_pages
-        if self.scatter is None or first in (begin, self.store.num_pages):
+        if self.scatter is None or first in (begin, self.pages.num_pages):
             return None
-        return self._scatter_of(self.store["pages"][:, begin:first], 0)[:, :, 0]
+        return self._scatter_of(self.pages["pages"][:, begin:first], 0)[:, :, 0]
 
     def _scatters(self, first: int, segments: list[Parts]) -> list[tuple[int, Tensor]]:
         """Of each segment its first page and the scatter [1, H, m, 2, D, D] of spans it touches."""
@@ -204,3 +241,8 @@ class IndexState:
             keys, values, counts, first_page=first, span_pages=self.span_pages
         )
         return scatter[None]
+
+
+def _num_trained(lengths: list[int]) -> int:
+    """How many of these segments a codec is trained on: the largest power of two."""
+    return 1 << len(lengths).bit_length() - 1 if lengths else 0

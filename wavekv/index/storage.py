@@ -25,7 +25,7 @@ from torch import Tensor
 from wavekv import __version__
 from wavekv.errors import ConfigError, IndexFormatError
 from wavekv.index.params import IndexParams
-from wavekv.index.state import IndexState
+from wavekv.index.state import Expected, IndexState
 
 FORMAT_VERSION = 1
 _MAGIC = b"WAVEKVIX"
@@ -35,8 +35,6 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8)
 }
-
-Expected = dict[str, tuple[torch.dtype, list[int]]]
 
 
 def save(state: IndexState, path: str | Path, *, is_flat: bool) -> None:
@@ -111,6 +109,7 @@ def _write(file: BinaryIO, state: IndexState, is_flat: bool) -> None:
         "is_flat": is_flat,
         "has_values": state.has_values,
         "has_query_sample": state.metric is not None,
+        "code_dims": state.code_dims,
         "parts": parts,
     }
     text = json.dumps(header, sort_keys=True).encode()
@@ -145,9 +144,7 @@ def _read_header(file: BinaryIO, path: str | Path) -> dict[str, Any]:
     return header
 
 
-def _empty_state(
-    header: dict[str, Any],
-) -> tuple[IndexState, dict[str, tuple[torch.dtype, list[int]]]]:
+def _empty_state(header: dict[str, Any]) -> tuple[IndexState, Expected]:
     """An index without keys, and the type and shape that each of its parts in the file has."""
     H, D, dtype = header["num_heads"], header["dim"], _DTYPES[header["dtype"]]
     metric = torch.eye(D).expand(H, D, D) if header["has_query_sample"] else None
@@ -157,7 +154,7 @@ def _empty_state(
         has_values=header["has_values"],
         metric=metric,
     )
-    return state, state.expected_parts(header["ntotal"])
+    return state, state.expected_parts(header["ntotal"], header["code_dims"])
 
 
 def _read_part(

@@ -203,7 +203,7 @@ class WaveIndex:
         if not state.has_values:
             raise InputError("attend needs values, got an index without: build(keys, values=...)")
         asked = self._accept_queries(queries, group, check_finite)
-        limits = page_limits(budget, top_p, state.store.num_pages, self.params.page_size)
+        limits = page_limits(budget, top_p, state.pages.num_pages, self.params.page_size)
         for name, number in (("scale", scale), ("softcap", softcap)):
             if number is not None and not number > 0:
                 raise InputError(f"{name} must be positive, got {number!r}")
@@ -267,10 +267,10 @@ class WaveIndex:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "params": self.params.to_dict(),
-            "code_dims": state.code_width,
+            "code_dims": state.code_dims,
             "has_values": state.has_values,
             "has_query_sample": state.metric is not None,
-            "num_pages": state.store.num_pages,
+            "num_pages": state.pages.num_pages,
             "num_segments": len(state.segments_of(self.ntotal)),
             "num_tail": state.tail.shape[2],
             "nbytes": self.nbytes,
@@ -282,12 +282,12 @@ class WaveIndex:
     @property
     def key_nbytes(self) -> int:
         """Bytes of the keys, and values, themselves."""
-        return self._state.store.nbytes("pages") + self._state.tail.nbytes
+        return self._nbytes("pages", "tail")
 
     @property
     def code_nbytes(self) -> int:
         """Bytes of the codes of keys and their scales."""
-        return self._state.store.nbytes("codes", "code_scale", "page_scale")
+        return self._nbytes("codes", "code_scale", "page_scale")
 
     @property
     def statistics_nbytes(self) -> int:
@@ -297,7 +297,7 @@ class WaveIndex:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is held."""
-        return self._state.nbytes
+        return sum(part.nbytes for part in self._state.tensors().values())
 
     @property
     def ntotal(self) -> int:
@@ -354,6 +354,10 @@ class WaveIndex:
             f"WaveIndex(ntotal={self.ntotal}, num_heads={self.num_heads}, dim={self.dim}, "
             f"dtype={self.dtype}, device={self.device}, nbytes={self.nbytes})"
         )
+
+    def _nbytes(self, *names: str) -> int:
+        tensors = self._state.tensors()
+        return sum(tensors[name].nbytes for name in names)
 
     @property
     def _state(self) -> IndexState:

@@ -10,7 +10,6 @@ from torch import Tensor
 from wavekv.errors import InputError
 from wavekv.index.inputs import expect_count, expect_share
 from wavekv.index.pages import PageStore
-from wavekv.index.result import AttendResult
 from wavekv.index.retrieval import Logits, PageSummary, choose_pages, estimate_others
 from wavekv.index.scatter import SpanScatter
 from wavekv.index.state import IndexState
@@ -45,8 +44,9 @@ def attend_state(
     limits: tuple[int, int],
     top_p: float | None,
     group: int,
-) -> AttendResult:
-    """Attend with queries [H, Q, D] float32; `group` consecutive ones share their pages."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of an `AttendResult`, with queries [H, Q, D] float32, of which `group` consecutive
+    ones share their pages."""
     H, Q, _ = queries.shape
     B, tail = Q // group, state.tail
     # queries that share their pages are heads of one group, and groups a batch: [B, H * G, D]
@@ -57,7 +57,7 @@ def attend_state(
     attended = torch.full((H, Q), tail.shape[2], device=queries.device)
     if state.codec is None or state.scatter is None:
         out, lse = (_by_query(x, H, group) for x in near)
-        return AttendResult(out, lse, attended, torch.zeros_like(lse))
+        return out, lse, attended, torch.zeros_like(lse)
     pages = _summary(state, state.scatter, B)
     turned = state.codec.queries(queries)[..., : state.code_dims]
     least, most = limits
@@ -77,7 +77,7 @@ def attend_state(
     read = (choice.pages >= 0).sum(2) * state.params.page_size
     attended = attended + read.T.repeat_interleave(group, 1)
     estimated = _by_query((rest[1] - lse).exp(), H, group)
-    return AttendResult(_by_query(out, H, group), _by_query(lse, H, group), attended, estimated)
+    return _by_query(out, H, group), _by_query(lse, H, group), attended, estimated
 
 
 def expect_group(queries: Tensor, group: int) -> None:

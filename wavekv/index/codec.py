@@ -15,8 +15,11 @@ from torch import Tensor
 _RIDGE = 0.1
 """Share of the mean second moment of the queries that every direction gets: a sample is small, and
 the queries to come drift (SMAQ: an unshrunk metric is unstable)."""
-_KEPT = 0.95
+_KEPT = 0.98
 """Share of the variance of keys inside pages, as queries see it, that codes keep by default."""
+
+_CODES_PER_VECTOR = 128
+"""Codes of a page come in vectors of so many; part of one costs as much as a whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +77,18 @@ def train_codec(
     directions of z are those in which keys vary most inside their pages, then all are mixed, so
     that none stands out: one scale serves a whole key (QuaRot, 2024).
 
-    code_dims: how many directions get a code; None: all without a metric, else as many as keep 95 %
+    code_dims: how many directions get a code; None: all without a metric, else as many as keep 98 %
     of the variance in every head.
     """
-    total, count, scatter = None, 0, None
+    total, count, scatter, page_size = None, 0, None, 1
     for pages in segments:
         keys = pages.float()
         residual = (keys - keys.mean(2, keepdim=True)).flatten(1, 2)
         part, within = keys.sum((1, 2)), residual.mT @ residual
         total = part if total is None else total + part
         scatter = within if scatter is None else scatter + within
-        count += keys.shape[1] * keys.shape[2]
+        page_size = keys.shape[2]
+        count += keys.shape[1] * page_size
     assert total is not None
     assert scatter is not None
     D = scatter.shape[-1]
@@ -96,7 +100,8 @@ def train_codec(
     spread, turn = spread.flip(1), turn.flip(2)
     most = -(-D // 8) * 8
     if code_dims is None:
-        code_dims = most if metric is None else min(most, _dims_to_keep(spread))
+        unit = max(8, _CODES_PER_VECTOR // page_size)
+        code_dims = most if metric is None else min(most, _dims_to_keep(spread, unit))
     W = min(code_dims, D)
     mix = torch.block_diag(_mixing(W), *([_mixing(D - W)] if D > W else []))
     turn = turn @ mix.to(turn)
@@ -104,13 +109,13 @@ def train_codec(
     return KeyCodec(total / count, forward, backward, code_dims)
 
 
-def _dims_to_keep(spread: Tensor) -> int:
+def _dims_to_keep(spread: Tensor, unit: int) -> int:
     """How many of the variances [H, D], largest first, hold `_KEPT` of all in every head; rounded
-    up to a multiple of 8."""
+    up to a multiple of `unit`."""
     left = spread.clamp_min(0)
     wanted = _KEPT * left.sum(1, keepdim=True)
     dims = int((left.cumsum(1) < wanted).sum(1).max()) + 1
-    return -(-dims // 8) * 8
+    return -(-dims // unit) * unit
 
 
 def _power(metric: Tensor, exponent: float) -> Tensor:

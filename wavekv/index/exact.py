@@ -41,8 +41,9 @@ def exact_search(keys: Array, queries: Array, k: int) -> SearchResult:
     scores, ids = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     counts = (ids >= 0).sum(2)
     work = torch.full_like(counts, N)
-    result = SearchResult(scores, ids, counts, torch.zeros_like(counts), work, work.clone())
-    return as_given(result, is_flat=is_flat, is_numpy=not isinstance(queries, Tensor))
+    found = scores, ids, counts, torch.zeros_like(counts), work, work.clone()
+    is_numpy = not isinstance(queries, Tensor)
+    return SearchResult(*as_given(found, is_flat=is_flat, is_numpy=is_numpy))
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

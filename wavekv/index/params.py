@@ -22,7 +22,7 @@ class IndexParams:
     """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages."""
     code_dims: int | None = None
     """Directions of each key that get a four-bit code, a multiple of 8; the others are dropped from
-    the codes. None: all, or, if the queries are known by a sample, as many as hold 95 % of what
+    the codes. None: all, or, if the queries are known by a sample, as many as hold 98 % of what
     such queries see."""
 
     def __post_init__(self) -> None:

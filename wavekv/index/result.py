@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-
-T = TypeVar("T", "SearchResult", "AttendResult")
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +49,8 @@ class AttendResult:
         yield self.lse
 
 
-def as_given(result: T, *, is_flat: bool, is_numpy: bool) -> T:
-    """The result without the dimension of heads if the queries had none, as numpy if they were."""
-
-    def convert(array: torch.Tensor) -> Any:
-        array = array[0] if is_flat else array
-        return array.numpy() if is_numpy else array
-
-    return type(result)(*(convert(getattr(result, field.name)) for field in fields(result)))
+def as_given(tensors: Iterable[Tensor], *, is_flat: bool, is_numpy: bool) -> Iterator[Any]:
+    """Tensors [H, ...] as the queries were: without heads if they had none, numpy if they were."""
+    for tensor in tensors:
+        array = tensor.numpy() if is_numpy else tensor
+        yield array[0] if is_flat else array

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from wavekv.errors import InputError
 from wavekv.index.inputs import expect_count, expect_share
-from wavekv.index.result import SearchResult
 from wavekv.index.state import IndexState
 from wavekv.kernels import SearchParts, score_means, search_pages, select
 
@@ -55,20 +54,25 @@ class SearchOptions:
         return min(num_pages, max(pages, -(-self.k // page_size)))
 
 
-def search_state(queries: Tensor, state: IndexState, options: SearchOptions) -> SearchResult:
-    """Search with queries [H, Q, D] float32 among the pages and the tail of an index."""
+def search_state(
+    queries: Tensor, state: IndexState, options: SearchOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Search with queries [H, Q, D] float32 among the pages and the tail of an index: scores and
+    ids [H, Q, k], work [4, H, Q] (see `search_pages`)."""
     per_query = queries.shape[0] * max(1, state.pages.num_pages)
     step = max(1, _SCORES_AT_ONCE // per_query // options.group) * options.group
     if queries.shape[1] <= step:
-        return SearchResult(*_search(queries, state, options))
+        return _search(queries, state, options)
     parts = [_search(part, state, options) for part in queries.split(step, 1)]
-    return SearchResult(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+    scores, ids, work = zip(*parts, strict=True)
+    return torch.cat(scores, 1), torch.cat(ids, 1), torch.cat(work, 2)
 
 
-def _search(queries: Tensor, state: IndexState, options: SearchOptions) -> tuple[Tensor, ...]:
-    """The fields of a SearchResult."""
+def _search(
+    queries: Tensor, state: IndexState, options: SearchOptions
+) -> tuple[Tensor, Tensor, Tensor]:
     parts, P = state.search_parts, state.params.page_size
-    pages, tail = parts.mean_scale.shape[1], parts.tail.shape[1]
+    pages = parts.mean_scale.shape[1]
     most = options.max_pages(pages, P)
     # all pages: every key is compared, and no code is read
     is_exact = state.codec is None or (most >= pages and options.top_p is None)
@@ -79,23 +83,18 @@ def _search(queries: Tensor, state: IndexState, options: SearchOptions) -> tuple
     given = None
     if not is_exact and (options.group > 1 or options.top_p is not None):
         given = _choose_by_mass(turned, parts, most, options)
-    num_candidates = math.ceil(options.rerank * options.k)
-    scores, ids, counts, scanned = search_pages(
+    return search_pages(
         queries,
         turned,
         given,
         parts,
         k=options.k,
         max_pages=most,
-        num_candidates=num_candidates,
+        num_candidates=math.ceil(options.rerank * options.k),
         # the largest of P normal numbers lies about so many deviations above their mean
         optimism=math.sqrt(2 * math.log(P)),
         num_threads=options.num_threads,
     )
-    scanned *= P
-    compared = scanned if is_exact else scanned.clamp(max=num_candidates)
-    scored = torch.full_like(counts, 0 if is_exact else pages)
-    return scores, ids, counts, scored, scanned + tail, compared + tail
 
 
 def _choose_by_mass(

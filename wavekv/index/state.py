@@ -19,7 +19,7 @@ from wavekv.index.pages import (
 from wavekv.index.params import BLOCK_PAGES, IndexParams
 from wavekv.index.scatter import SpanScatter, scatter_by_span
 from wavekv.index.segments import cut_segments
-from wavekv.kernels import SearchParts, check_parts
+from wavekv.kernels import SearchParts, checked
 
 Expected = dict[str, tuple[torch.dtype, list[int]]]
 """Type and shape of tensors by name."""
@@ -124,8 +124,7 @@ class IndexState:
                 ids=self.pages["ids"],
                 tail=self.tail[:, 0],
             )
-            check_parts(parts)
-            self._search_parts = parts
+            self._search_parts = checked(parts)
         return self._search_parts
 
     @property

@@ -169,8 +169,10 @@ class WaveIndex:
         scale = self.dim**-0.5 if scale is None else scale
         options = SearchOptions(k, budget, top_p, group, rerank, scale, num_threads)
         asked = self._accept_queries(queries, group, check_finite)
-        found = search_state(asked, state, options)
-        return as_given(found, is_flat=self._is_flat, is_numpy=not isinstance(queries, Tensor))
+        scores, ids, work = search_state(asked, state, options)
+        found = scores, ids, *work
+        is_numpy = not isinstance(queries, Tensor)
+        return SearchResult(*as_given(found, is_flat=self._is_flat, is_numpy=is_numpy))
 
     def attend(
         self,
@@ -208,8 +210,9 @@ class WaveIndex:
             if number is not None and not number > 0:
                 raise InputError(f"{name} must be positive, got {number!r}")
         logits = Logits(scale or self.dim**-0.5, softcap)
-        attended = attend_state(asked, state, logits, limits=limits, top_p=top_p, group=group)
-        return as_given(attended, is_flat=self._is_flat, is_numpy=not isinstance(queries, Tensor))
+        found = attend_state(asked, state, logits, limits=limits, top_p=top_p, group=group)
+        is_numpy = not isinstance(queries, Tensor)
+        return AttendResult(*as_given(found, is_flat=self._is_flat, is_numpy=is_numpy))
 
     def save(self, path: str | Path) -> None:
         """Write the index to one file. The file appears whole or not at all: after an error, a full

@@ -14,13 +14,13 @@ from wavekv.kernels.dispatch import (
     select,
     value_slope,
 )
-from wavekv.kernels.search import SearchParts, check_parts, score_means, search_pages
+from wavekv.kernels.search import SearchParts, checked, score_means, search_pages
 
 __all__ = [
     "SearchParts",
     "attend_dense",
     "attend_pages",
-    "check_parts",
+    "checked",
     "estimate",
     "merge_state",
     "refine",

@@ -3,7 +3,10 @@
 Arguments are taken as validated by `dispatch`. Pages, keys and statistics are read in place.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +23,9 @@ from wavekv.kernels import (
     cpu_select,
 )
 from wavekv.kernels.cpu_launch import DTYPE_CODES, NO_VIEW, float32, launch, splits, view
+
+if TYPE_CHECKING:
+    from wavekv.kernels.search import SearchParts
 
 # Selecting costs about as much for so many log masses as the other kernels cost for one row.
 _SELECT_ROWS = 16
@@ -218,10 +224,7 @@ def score_means(
     return means
 
 
-def search_pages(
-    query: Tensor,
-    turned: Tensor,
-    given: Tensor | None,
+def search_addresses(
     mean_codes: Tensor,
     mean_scale: Tensor,
     spread: Tensor,
@@ -231,37 +234,49 @@ def search_pages(
     keys: Tensor,
     ids: Tensor,
     tail: Tensor,
+) -> tuple[tuple[int, ...], ...]:
+    """The parts of an index in the order of `cpu_search.search_pages`."""
+    size, strides, dtype = keys.element_size(), keys.stride(), DTYPE_CODES[keys.dtype]
+    parts = mean_codes, mean_scale, spread, codes, code_scale, page_scale
+    return (
+        *(_part(x) for x in parts),
+        (*_part(keys), dtype, size * strides[1], size * strides[2]),
+        _part(ids),
+        (*_part(tail), dtype, tail.shape[1], size * tail.stride(1)),
+    )
+
+
+def search_pages(
+    query: Tensor,
+    turned: Tensor,
+    given: Tensor | None,
+    parts: SearchParts,
     *,
     k: int,
     max_pages: int,
     num_candidates: int,
     optimism: float,
     num_threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     heads, num_queries, width = query.shape
-    pages, page_size = keys.shape[1:3]
+    pages, page_size = parts.keys.shape[1:3]
     query, turned = query.contiguous(), turned.contiguous()
     if given is not None:
         given = given.contiguous()
     most = min(pages, max_pages) if given is None else given.shape[2]
     scores = torch.empty(heads, num_queries, k)
     found = torch.empty(heads, num_queries, k, dtype=torch.int64)
-    counts, scanned = torch.empty(2, heads, num_queries, dtype=torch.int64)
-    size, strides = keys.element_size(), keys.stride()
-    key_part = (*_part(keys), DTYPE_CODES[keys.dtype], size * strides[1], size * strides[2])
-    tail_part = (*_part(tail), DTYPE_CODES[tail.dtype], tail.shape[1], size * tail.stride(1))
+    work = torch.empty(4, heads, num_queries, dtype=torch.int64)
     launch(
         cpu_search.search_pages,
-        heads * num_queries * (pages + most * page_size + tail.shape[1]),
-        *(heads, num_queries, width, turned.shape[2], 8 * codes.shape[2], page_size, pages, most),
-        *(num_candidates, k, np.float32(optimism), query.data_ptr(), turned.data_ptr()),
-        *(0 if given is None else given.data_ptr(), _part(mean_codes), _part(mean_scale)),
-        *(_part(spread), _part(codes), _part(code_scale), _part(page_scale), key_part),
-        *(_part(ids), tail_part, scores.data_ptr(), found.data_ptr()),
-        *(counts.data_ptr(), scanned.data_ptr()),
+        heads * num_queries * (pages + most * page_size + parts.tail.shape[1]),
+        *(heads, num_queries, width, turned.shape[2], 8 * parts.codes.shape[2], page_size, pages),
+        *(most, num_candidates, k, np.float32(optimism), query.data_ptr(), turned.data_ptr()),
+        *(0 if given is None else given.data_ptr(), *parts.addresses),
+        *(scores.data_ptr(), found.data_ptr(), work.data_ptr()),
         num_threads=num_threads,
     )
-    return scores, found, counts, scanned
+    return scores, found, work
 
 
 def _part(tensor: Tensor) -> tuple[int, int]:

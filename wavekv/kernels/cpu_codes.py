@@ -170,27 +170,32 @@ def page_dots(codes: int, plane: int, groups: int, page_size: int, out: int) -> 
     half, each laid out like that. out: room for max(P, 16) sums; those of the page come first.
     """
     size = groups * page_size * 4
-    if page_size <= LANES and LANES % page_size == 0 and size % VECTOR == 0:
-        nibble_dots(codes, plane, size // VECTOR, VECTOR, size, page_size, out)
+    if page_size <= LANES and LANES % page_size == 0:
+        whole = size // VECTOR
+        nibble_dots(codes, plane, whole, VECTOR, size, page_size, out)
+        if size % VECTOR:
+            first = whole * LANES // page_size
+            _add_groups(codes, plane, first, groups, page_size, out)
     elif page_size % LANES == 0:
         for part in range(page_size // LANES):
             at, step = part * VECTOR, page_size * 4
             nibble_dots(codes + at, plane + at, groups, step, size, LANES, out + at)
     else:
-        _odd_page_dots(codes, plane, groups, page_size, out)
+        carray(int32_at(out), (page_size,))[:] = np.int32(0)
+        _add_groups(codes, plane, 0, groups, page_size, out)
 
 
 @njit(nogil=True, cache=True)
-def _odd_page_dots(codes: int, plane: int, groups: int, page_size: int, out: int) -> None:
-    """`page_dots` for pages that do not fill whole vectors."""
+def _add_groups(codes: int, plane: int, first: int, groups: int, page_size: int, out: int) -> None:
+    """Add to the sums what the groups from `first` on give: those that fill no whole vector."""
     packed = carray(uint8_at(codes), (groups, page_size, 4))
     factors = carray(int8_at(plane), (2, groups, page_size, 4))
     sums = carray(int32_at(out), (page_size,))
     for p in range(page_size):
         total = np.int32(0)
-        for group in range(groups):
+        for group in range(first, groups):
             for i in range(4):
                 code = packed[group, p, i]
                 total += np.int32(code & np.uint8(15)) * np.int32(factors[0, group, p, i])
                 total += np.int32(code >> np.uint8(4)) * np.int32(factors[1, group, p, i])
-        sums[p] = total
+        sums[p] += total

@@ -167,20 +167,18 @@ def search_pages(
     tail: Any,
     scores: int,
     found_ids: int,
-    counts: int,
-    scanned: int,
+    work: int,
 ) -> None:
-    """Write scores and ids [H, Q, k], counts and pages scanned [H, Q]. Addresses (given: 0 for
-    none); of parts of the index a tuple: address, and bytes from head to head; of keys and tail
-    also the dtype, the bytes from page to page (of the tail: how many keys it has) and from key to
-    key. See `wavekv.kernels.search`."""
+    """Write scores and ids [H, Q, k], and work [4, H, Q]. Addresses (given: 0 for none); of parts
+    of the index a tuple: address, and bytes from head to head; of keys and tail also the dtype, the
+    bytes from page to page (of the tail: how many keys it has) and from key to key. See
+    `wavekv.kernels.search`."""
     queries = carray(float32_at(query), (heads, num_queries, width))
     turned_queries = carray(float32_at(turned), (heads, num_queries, mean_width))
     given_pages = carray(int64_at(given), (heads, num_queries, most))
     out_scores = carray(float32_at(scores), (heads, num_queries, k))
     out_ids = carray(int64_at(found_ids), (heads, num_queries, k))
-    out_counts = carray(int64_at(counts), (heads, num_queries))
-    out_scanned = carray(int64_at(scanned), (heads, num_queries))
+    out_work = carray(int64_at(work), (4, heads, num_queries))
     needs_codes = given != 0 or most < pages
     for index in prange(heads * num_queries):
         task: Any = np.int64(index)
@@ -238,5 +236,7 @@ def search_pages(
             who[num_found + t] = pages * page_size + t
             found[num_found + t] = _dot(q, row_at(at, tail[2], width, buffer))
         row[0] = 0.0  # alive until here, for its address
-        out_counts[h, i] = _write_best(found, who, bins, out_scores[h, i], out_ids[h, i])
-        out_scanned[h, i] = num_pages
+        out_work[0, h, i] = _write_best(found, who, bins, out_scores[h, i], out_ids[h, i])
+        out_work[1, h, i] = means.size
+        out_work[2, h, i] = size + tail[3]
+        out_work[3, h, i] = num_found + tail[3]

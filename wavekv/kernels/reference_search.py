@@ -1,9 +1,16 @@
 """The search kernels in plain torch, any device; the contracts are in `wavekv.kernels.search`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from wavekv.kernels.reference import rounded_to_int8
+
+if TYPE_CHECKING:
+    from wavekv.kernels.search import SearchParts
 
 _FLOATS_AT_ONCE = 1 << 26
 """Components of keys that are decoded at once."""
@@ -21,76 +28,62 @@ def search_pages(
     query: Tensor,
     turned: Tensor,
     given: Tensor | None,
-    mean_codes: Tensor,
-    mean_scale: Tensor,
-    spread: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
-    page_scale: Tensor,
-    keys: Tensor,
-    ids: Tensor,
-    tail: Tensor,
+    parts: SearchParts,
     *,
     k: int,
     max_pages: int,
     num_candidates: int,
     optimism: float,
     num_threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys, ids, tail = parts.keys, parts.ids, parts.tail
     H, Q, D = query.shape
     N, P = keys.shape[1:3]
     most = min(N, max_pages) if given is None else given.shape[2]
     step = max(1, _FLOATS_AT_ONCE // max(1, H * (N + most * P * D)))
-    parts = []
+    found = []
     for start in range(0, max(1, Q), step):
         asked = slice(start, start + step)
         y = turned[:, asked]
         if given is not None or most < N:
-            means = score_means(y, mean_codes, mean_scale)
+            means = score_means(y, parts.mean_codes, parts.mean_scale)
         else:
             means = y.new_zeros(*y.shape[:2], N)
         if given is not None:
             chosen = given[:, asked]
         elif most < N:
-            rank = means + optimism * y.norm(dim=2, keepdim=True) * spread.unsqueeze(1)
+            rank = means + optimism * y.norm(dim=2, keepdim=True) * parts.spread.unsqueeze(1)
             chosen = rank.sort(dim=-1, descending=True, stable=True).indices[..., :most]
         else:
             chosen = torch.arange(N, device=query.device).expand(*y.shape[:2], N)
             num_candidates = N * P
-        place, held = _candidates(
-            y, means, chosen, codes, code_scale, page_scale, num_candidates, page_size=P
-        )
-        found = _best(query[:, asked], place, held, keys, ids, tail, k)
-        parts.append((*found, (chosen >= 0).sum(2)))
-    scores, best, counts, scanned = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    return scores, best, counts, scanned
+        place, held = _candidates(y, means, chosen, parts, num_candidates)
+        scores, who, counts = _best(query[:, asked], place, held, keys, ids, tail, k)
+        scored = torch.full_like(counts, N if given is not None or most < N else 0)
+        scanned = (chosen >= 0).sum(2) * P + tail.shape[1]
+        work = torch.stack([counts, scored, scanned, held.sum(2) + tail.shape[1]], 2)
+        found.append((scores, who, work))
+    scores, who, work = (torch.cat(part, 1) for part in zip(*found, strict=True))
+    return scores, who, work.movedim(2, 0)
 
 
 def _candidates(
-    turned: Tensor,
-    means: Tensor,
-    chosen: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
-    page_scale: Tensor,
-    num_candidates: int,
-    *,
-    page_size: int,
+    turned: Tensor, means: Tensor, chosen: Tensor, parts: SearchParts, num_candidates: int
 ) -> tuple[Tensor, Tensor]:
     """Places [H, Q, C] (page * P + slot) of the best keys of the chosen pages by their codes, and
     whether there is one."""
-    pages = chosen.clamp_min(0)
+    pages, page_size = chosen.clamp_min(0), parts.ids.shape[2]
     head = torch.arange(len(chosen), device=chosen.device)[:, None, None]
     slot = torch.arange(page_size, device=chosen.device)
     place = (pages.unsqueeze(-1) * page_size + slot).flatten(2)
     held = (chosen >= 0).repeat_interleave(page_size, 2)
     if place.shape[2] <= num_candidates:
         return place, held
-    packed = codes[head, pages]
+    packed = parts.codes[head, pages]
     halves = torch.stack([packed & 15, packed >> 4], 3).float() - 8
     # [H, Q, M, 2, W / 8, P, 4] -> [H, Q, M, P, W]
     levels = halves.movedim(5, 3).flatten(4)
-    step = page_scale[head, pages].unsqueeze(-1) * code_scale[head, pages] / 255
+    step = parts.page_scale[head, pages].unsqueeze(-1) * parts.code_scale[head, pages] / 255
     code_query = rounded_to_int8(turned[..., : levels.shape[-1]])
     offset = torch.einsum("hqd,hqmpd->hqmp", code_query, levels) * step
     estimate = (means.gather(2, pages).unsqueeze(-1) + offset).flatten(2)

@@ -38,8 +38,8 @@ def score_means(
 
 
 class SearchParts(NamedTuple):
-    """What a search reads of an index; each contiguous but for its heads. Check with `check_parts`
-    once, search often."""
+    """What a search reads of an index; each contiguous but for its heads. `checked` once, searched
+    often."""
 
     mean_codes: Tensor
     """[H, N / 16, W' / 4, 16, 4] uint8, see `MeanCodes`."""
@@ -59,10 +59,16 @@ class SearchParts(NamedTuple):
     """[H, N, P] int32, a permutation of 0 .. N P - 1 in each head."""
     tail: Tensor
     """[H, T, D], keys with ids from N P on."""
+    addresses: tuple[tuple[int, ...], ...] = ()
+    """Where the numba kernels find them: from `checked`."""
 
 
-def check_parts(parts: SearchParts) -> None:
-    """Raise a ValueError if the parts of an index do not fit each other."""
+def checked(parts: SearchParts) -> SearchParts:
+    """The parts of an index, ready to be searched as long as they stay where they are.
+
+    Raises:
+        ValueError: they do not fit each other.
+    """
     keys = parts.keys
     if keys.dim() != 4 or keys.dtype not in checks.STORED_DTYPES:
         raise ValueError(
@@ -89,6 +95,11 @@ def check_parts(parts: SearchParts) -> None:
         ("tail", (heads, parts.tail.shape[1], width), keys.dtype),
     ):
         checks.expect_part(name, getattr(parts, name), shape, dtype, like=keys)
+    if not uses_numba(keys):
+        return parts
+    from wavekv.kernels import cpu
+
+    return parts._replace(addresses=cpu.search_addresses(*parts[:-1]))
 
 
 def search_pages(
@@ -102,7 +113,7 @@ def search_pages(
     num_candidates: int,
     optimism: float,
     num_threads: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The `k` keys of the highest inner product among those of some pages, and the tail.
 
     The pages are given, or the `max_pages` whose product with the mean, plus `optimism` times
@@ -114,7 +125,8 @@ def search_pages(
     query: [H, Q, D], and turned: [H, Q, W'], the same in the space of the codes; float32. given:
     [H, Q, M] int64 pages, then -1 as padding, or None. parts: see `SearchParts`.
     Returns scores [H, Q, k] float32 and ids [H, Q, k] int64, the best first, padded with -inf and
-    -1; how many there are, and pages scanned, [H, Q] int64.
+    -1; work [4, H, Q] int64: how many there are, pages scored, keys scanned, and keys compared, the
+    tail among both.
     """
     keys = parts.keys
     shape = (keys.shape[0], query.shape[1])
@@ -128,11 +140,11 @@ def search_pages(
             "expected k >= 1, num_candidates >= 0 and max_pages >= 0, got "
             f"{k}, {num_candidates} and {max_pages}"
         )
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = _backend(query, keys).search_pages(
+    found: tuple[Tensor, Tensor, Tensor] = _backend(query, keys).search_pages(
         query,
         turned,
         given,
-        *parts,
+        parts,
         k=k,
         max_pages=max_pages,
         num_candidates=num_candidates,

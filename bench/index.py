@@ -152,9 +152,9 @@ class Method:
     """By threads: seconds a query in every round, the queries of a head in one call."""
 
 
-def captured_heads(num_tokens: int) -> list[Head]:
+def captured_heads(num_tokens: int, questions: int) -> list[Head]:
     """Every KV head of the bundled model; every other question builds, the others test."""
-    data = capture(num_tokens)
+    data = capture(num_tokens, questions)
     heads = []
     for keys, queries in zip(data.keys.flatten(0, 1), data.queries.flatten(0, 1), strict=True):
         by_question = queries.unflatten(1, (-1, VALUE_DIGITS))  # [G, questions, digits, D]
@@ -176,7 +176,7 @@ def with_truth(keys: Floats, queries: Floats, query_sample: Floats) -> Head:
 
 def load_data(name: str, options: argparse.Namespace) -> list[Head]:
     if name == "captured":
-        heads = captured_heads(options.tokens)
+        heads = captured_heads(options.tokens, questions=8 if options.quick else 16)
         return heads[::6] if options.quick else heads
     num_queries = 128 if options.quick else 256
     return [with_truth(*generators.make(name, options.keys, num_queries=num_queries))]
@@ -228,7 +228,10 @@ def wave_candidate(page_size: int, sampled: bool) -> Candidate:
         return WavePeer(WaveIndex.build(head.keys, params, query_sample=sample))
 
     family = WAVE_SAMPLE if sampled else WAVE
-    return Candidate(family, f"{family}, pages of {page_size}", build, grid(budget=BUDGETS))
+    settings = grid(budget=BUDGETS)
+    if sampled:  # shorter codes: more candidates can pay
+        settings += grid(budget=BUDGETS[4:], rerank=(3.0,))
+    return Candidate(family, f"{family}, pages of {page_size}", build, settings)
 
 
 def faiss_builder(factory: str) -> Callable[[Head, int], KeyIndex]:
@@ -453,7 +456,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "wavekv", "svg.fonttype": "none"})
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     sets = record["data"]
     figure, axes = plt.subplots(
@@ -467,12 +470,15 @@ def plot(record: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o-", ms=4, color=colour, label=family, **style)
         axis.set(xscale="log", title=f"{name}: {size_text(data)}", ylim=(0.5, 1.005))
         axis.set_xlabel("ms a query (one a call, one thread)")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axis.grid(True, which="both", alpha=0.25)
     axes[0][0].set_ylabel(f"recall@{record['k']}")
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=5, frameon=False)
-    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    columns = 5 if len(sets) > 2 else 2 * len(sets)
+    figure.legend(handles, names, loc="lower center", ncols=columns, frameon=False)
+    legend_height = 0.05 * (-(-len(COLOURS) // columns))
+    figure.tight_layout(rect=(0, legend_height, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
 
@@ -501,7 +507,8 @@ def as_markdown(record: dict[str, Any], plot_path: Path, table_path: Path) -> st
         "the bundled model, one index for each KV head, figures are means over the heads. "
         "*post_rope* and *out_of_distribution*: generated keys and queries (`bench/generators.py`)."
         " A cell is the lowest latency at which a setting reaches that recall, in ms a query, and "
-        f"the setting; a latency is the median over queries, and over {record['rounds']} rounds. "
+        "the setting; a latency is the median over queries, then over rounds "
+        f"({record['rounds']}). OpenMP threads wait without spinning (`OMP_WAIT_POLICY`). "
         "*k_factor* and *rerank* multiply the number of candidates that get exact scores; *budget* "
         "is the share of keys whose codes are read. Bytes hold the keys too.",
         "",
@@ -600,11 +607,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="every other setting, one round, 20000 keys, 2 heads at 8192 tokens",
+        help="every other setting, one round, 20000 keys, 2 heads at 9216 tokens",
     )
     options = parser.parse_args()
     options.keys = options.keys or (20000 if options.quick else 100000)
-    options.tokens = options.tokens or (8192 if options.quick else 32768)
+    options.tokens = options.tokens or (9216 if options.quick else 32768)
     options.rounds = options.rounds or (1 if options.quick else 3)
     return options
 

@@ -100,19 +100,22 @@ def _split(source: str) -> tuple[Path, str | None]:
 
 
 def _read_numpy(path: Path, name: str | None) -> Array:
-    if path.stat().st_size == 0:
-        raise InputError(f"expected {path} to hold arrays, got an empty file")
+    magic = b"\x93NUMPY" if path.suffix == ".npy" else b"PK"
+    with path.open("rb") as file:
+        begin = file.read(len(magic))
+    if begin != magic:
+        raise InputError(f"expected {path} to begin with {magic!r}, got {begin!r}")
     try:
-        loaded = np.load(path, mmap_mode="r")
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
+        if path.suffix == ".npy":
+            return np.lib.format.open_memmap(path, mode="r")
+        # a file of ours: NumPy leaves its own open if it is no archive
+        with path.open("rb") as file, np.load(file) as loaded:
             array: Array = loaded[_pick(path, name, loaded.files, "array")]
             return array
-    except InputError:
+    except InputError:  # a ValueError too
         raise
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"expected {path} to be a whole NumPy file, got: {error}") from error
+        raise InputError(f"expected {path} as NumPy saved it, got: {error}") from error
 
 
 def _read_column(path: Path, name: str | None) -> Array:

@@ -32,8 +32,10 @@ def add_parser(commands: Any) -> None:
     build.add_argument("-o", "--output", type=Path, required=True, metavar="INDEX")
     build.add_argument("--values", metavar="FILE", help="values of the keys, for attention")
     build.add_argument("--query-sample", metavar="FILE", help="queries like those to come")
-    build.add_argument("--page-size", type=int, default=8, help="keys in a page (8)")
-    build.add_argument("--segment", type=int, default=8192, help="keys clustered at once (8192)")
+    for name, text in (("page_size", "keys in a page"), ("segment", "keys clustered at once")):
+        default = getattr(IndexParams(), name)
+        option = f"--{name.replace('_', '-')}"
+        build.add_argument(option, type=int, default=default, help=f"{text} ({default})")
     build.add_argument("--code-dims", type=int, help="dimensions of a key that get a code")
     _finish(build, run_build)
 
@@ -126,7 +128,10 @@ def _build(
     with tqdm(total=count, unit=" keys", unit_scale=True, disable=None) as progress:
         for start in range(0, count, step):
             part = (Ellipsis, slice(start, start + step), slice(None))
-            added = index.append(keys[part], None if values is None else values[part])
+            try:
+                added = index.append(keys[part], None if values is None else values[part])
+            except InputError as error:
+                raise InputError(f"from key {start} on: {error}") from error
             progress.update(len(added))
     return index
 
@@ -142,7 +147,7 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str, str]]:
     held = "keys and values" if stats["has_values"] else "keys"
     sample = "with" if stats["has_query_sample"] else "without"
     return [
-        ("keys", str(stats["ntotal"]), f"{stats['num_heads']} heads, {stats['dim']} dimensions"),
+        ("keys", str(stats["ntotal"]), f"{_heads(stats['num_heads'])}, {stats['dim']} dimensions"),
         ("type", stats["dtype"], f"codes of {stats['code_dims']} dimensions"),
         ("query sample", sample, ""),
         (
@@ -155,6 +160,10 @@ def _rows(stats: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("bytes: means and the rest", *size(sizes["statistics"])),
         ("bytes: all", *size(stats["nbytes"])),
     ]
+
+
+def _heads(count: int) -> str:
+    return "1 head" if count == 1 else f"{count} heads"
 
 
 def _add_search(parser: argparse.ArgumentParser, *, k: int) -> None:

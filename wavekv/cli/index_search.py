@@ -44,8 +44,8 @@ def run_query(options: argparse.Namespace) -> int:
     if options.output is not None:
         write_found(options.output, found.ids, found.scores)
     if options.json:
-        # JSON has no infinity
-        scores = np.where(np.isfinite(found.scores), found.scores.astype(object), None)
+        scores = found.scores.astype(object)
+        scores[found.ids < 0] = None  # JSON has no infinity
         print(json.dumps({**result, "ids": found.ids.tolist(), "scores": scores.tolist()}))
         return 0
     _print_found(found)

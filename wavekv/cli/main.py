@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from wavekv import __version__
-from wavekv.cli import index
 from wavekv.errors import WavekvError
 
 
@@ -18,11 +18,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"wavekv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] != ["index"]:
-        # the demo needs transformers, which takes seconds to import
+    if arguments[:1] == ["index"]:
+        # before torch comes: threads of OpenMP that spin while idle take the cores from the others
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    else:
+        # not for `index`: it imports transformers, which takes seconds
         from wavekv.cli import demo
 
         demo.add_parser(commands)
+    from wavekv.cli import index
+
     index.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

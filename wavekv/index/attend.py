@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from wavekv.errors import InputError
-from wavekv.index.inputs import expect_count, expect_share
+from wavekv.index.inputs import expect_count, expect_share, pages_in_budget
 from wavekv.index.pages import PageStore
 from wavekv.index.retrieval import Logits, PageSummary, choose_pages, estimate_others
 from wavekv.index.scatter import SpanScatter
@@ -29,10 +27,7 @@ def page_limits(
     """
     if top_p is not None:
         expect_share("top_p", top_p)
-    if isinstance(budget, float):
-        most = math.ceil(expect_share("budget", budget) * num_pages)
-    else:
-        most = -(-expect_count("budget", budget) // page_size)
+    most = pages_in_budget(budget, num_pages, page_size)
     return (0 if top_p is not None else most), most
 
 

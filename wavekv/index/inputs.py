@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -115,9 +117,25 @@ def expect_share(name: str, value: object) -> float:
     Raises:
         InputError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise InputError(f"{name} must be in (0, 1], got {value!r}")
-    return float(value)
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1:
+        return float(value)
+    raise InputError(f"{name} must be in (0, 1], got {value!r}")
+
+
+def pages_in_budget(budget: object, num_pages: int, page_size: int) -> int:
+    """Pages that a budget buys: a share of all, or a number of keys.
+
+    Raises:
+        InputError: it is neither a float in (0, 1] nor an integer of at least 1.
+    """
+    if isinstance(budget, (float, np.floating)) and 0 < budget <= 1:
+        return math.ceil(float(budget) * num_pages)
+    if isinstance(budget, (int, np.integer)) and not isinstance(budget, bool) and budget >= 1:
+        return min(num_pages, -(-int(budget) // page_size))
+    raise InputError(
+        "budget must be a share of the keys, a float in (0, 1], or a number of keys, an integer "
+        f"of at least 1, got {budget!r}"
+    )
 
 
 def _wrong_dtype(name: str, dtype: object) -> DtypeError:

@@ -32,7 +32,13 @@ def empty_pages(like: Tensor, page_size: int, *, has_values: bool) -> Parts:
 
 
 def cluster(
-    keys: Tensor, values: Tensor | None, turn: Tensor | None, page_size: int, *, start: int
+    keys: Tensor,
+    values: Tensor | None,
+    turn: Tensor | None,
+    page_size: int,
+    *,
+    refine: bool,
+    start: int,
 ) -> Parts:
     """The pages of one segment: keys [H, S, D] with ids from `start` on, and their values.
 
@@ -40,7 +46,8 @@ def cluster(
     attention come with them. Cost: see `balanced_pages`.
     """
     H, S, D = keys.shape
-    order = balanced_pages(keys if turn is None else torch.bmm(keys.float(), turn), page_size)
+    near = keys if turn is None else torch.bmm(keys.float(), turn)
+    order = balanced_pages(near, page_size, refine=refine)
     rows = order[..., None].expand(-1, -1, D)
     given = [keys] if values is None else [keys, values]
     pages = torch.stack([x.gather(1, rows).view(H, -1, page_size, D) for x in given], 2)

@@ -18,8 +18,12 @@ class IndexParams:
     page_size: int = 16
     """Keys in a page, a power of two from 1 to 256. Smaller pages reach a recall with fewer keys
     scanned, but there are more of them to rank and to keep."""
-    segment: int = 8192
-    """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages."""
+    segment: int = 2048
+    """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages. Keys
+    that come together are often alike, so longer segments find no better pages, and take longer."""
+    refine: bool = False
+    """Let keys change places between pages once more: three times the time to build, and recall as
+    of half again as many scanned keys."""
     code_dims: int | None = None
     """Directions of each key that get a four-bit code, a multiple of 8; the others are dropped from
     the codes. None: all, or, if the queries are known by a sample, as many as hold 98 % of what
@@ -38,6 +42,8 @@ class IndexParams:
                 f"segment must be page_size={self.page_size} times a power of two that is at least "
                 f"{BLOCK_PAGES}, got {self.segment}"
             )
+        if not isinstance(self.refine, bool):
+            raise ConfigError(f"refine must be True or False, got {self.refine!r}")
         if self.code_dims is not None:
             _expect_count("code_dims", self.code_dims)
             if self.code_dims % 8:

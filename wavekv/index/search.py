@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wavekv.errors import InputError
-from wavekv.index.inputs import expect_count, expect_share
+from wavekv.index.inputs import expect_count, expect_share, pages_in_budget
 from wavekv.index.state import IndexState
 from wavekv.kernels import SearchParts, score_means, search_pages, select
 
@@ -32,10 +32,7 @@ class SearchOptions:
     def __post_init__(self) -> None:
         expect_count("k", self.k)
         expect_count("group", self.group)
-        if isinstance(self.budget, float):
-            expect_share("budget", self.budget)
-        else:
-            expect_count("budget", self.budget)
+        pages_in_budget(self.budget, 1, 1)
         if self.top_p is not None:
             expect_share("top_p", self.top_p)
         if not isinstance(self.rerank, (int, float)) or not 1 <= self.rerank < math.inf:
@@ -47,10 +44,7 @@ class SearchOptions:
 
     def max_pages(self, num_pages: int, page_size: int) -> int:
         """The most pages to scan, of so many: enough for k keys."""
-        if isinstance(self.budget, float):
-            pages = math.ceil(self.budget * num_pages)
-        else:
-            pages = -(-self.budget // page_size)
+        pages = pages_in_budget(self.budget, num_pages, page_size)
         return min(num_pages, max(pages, -(-self.k // page_size)))
 
 

@@ -183,8 +183,9 @@ class IndexState:
         for length in lengths:
             keys, *values = tokens[:, :, done : done + length].unbind(1)
             given = values[0] if values else None
-            size = self.params.page_size
-            segments.append(cluster(keys, given, turn, size, start=start + done))
+            size, refine = self.params.page_size, self.params.refine
+            pages = cluster(keys, given, turn, size, refine=refine, start=start + done)
+            segments.append(pages)
             done += length
         return segments
 

@@ -141,7 +141,7 @@ def _read_header(file: BinaryIO, path: str | Path) -> dict[str, Any]:
     if zlib.crc32(text) != checksum:
         raise _damaged(path, f"a header whose checksum is not {checksum:#010x}")
     header: dict[str, Any] = json.loads(text)
-    return header
+    return {"format_version": version, **header}
 
 
 def _empty_state(header: dict[str, Any]) -> tuple[IndexState, Expected]:

@@ -31,9 +31,10 @@ class WaveIndex:
 
     Searching is safe from several threads; one thread may change an index while none searches.
 
-    Cost of a build: about 5 s a million keys of a head (D = 128, 2 cores), linear; an append that
-    fills segments clusters each key up to `log2(segment / (16 * page_size))` times more. Memory at
-    the defaults: the keys, and (without a query sample) D / 2 + 10 bytes of codes a key.
+    Memory beside the keys, bytes for each: `code_dims / 2 + 1 + 4 / P` of codes, `(D + 8) / P + 4`
+    of means and ids, for pages of P; 78 at D = 128 and the defaults. With values, `attend` needs
+    3 D / P more numbers of their type, and `8 D**2 / segment` bytes. A build is linear in N; an
+    append that fills a segment clusters its keys again, up to `log2(segment / (16 P))` times each.
     """
 
     def __init__(self, state: IndexState, *, is_flat: bool, is_read_only: bool = False) -> None:
@@ -58,9 +59,9 @@ class WaveIndex:
             params: how to cluster and code them.
             values: of the shape of the keys; `attend` needs them.
             query_sample: [H, S, D] or [S, D], a few hundred or more queries like those to come (of
-                all heads of a group together). Distances are then measured as such queries see
-                them, and codes take half the memory. It pays most where keys vary in directions
-                that queries ignore.
+                all heads of a group together). Keys are then clustered and coded as such queries
+                see them, and directions that they hardly see get no code. It pays most where keys
+                vary in directions that queries ignore.
 
         Raises:
             InputError: shapes that do not fit, or numbers that are not finite.
@@ -236,8 +237,9 @@ class WaveIndex:
 
         Args:
             path: the file.
-            mmap: map the file instead of reading it: it opens at once and pages come from disk as
-                searches need them. Such an index cannot change, and lives on the CPU.
+            mmap: map the file instead of reading it: pages come from disk as searches need them,
+                and with `verify=False` it opens at once. Such an index cannot change, and lives on
+                the CPU.
             device: where to put it.
             verify: compare the checksums of all parts, which reads the whole file (about 1 GB/s).
 
@@ -334,6 +336,11 @@ class WaveIndex:
     def params(self) -> IndexParams:
         """How it was built."""
         return self._state.params
+
+    @property
+    def is_flat(self) -> bool:
+        """Keys, queries and results have no heads: [N, D], not [1, N, D]."""
+        return self._is_flat
 
     def close(self) -> None:
         """Free the memory, or the file. Every later use but `close` is a ClosedError."""

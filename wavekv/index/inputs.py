@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -117,7 +116,7 @@ def expect_share(name: str, value: object) -> float:
     Raises:
         InputError: it is not.
     """
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1:
+    if isinstance(value, (int, float, np.number)) and value is not True and 0 < value <= 1:
         return float(value)
     raise InputError(f"{name} must be in (0, 1], got {value!r}")
 

@@ -51,7 +51,8 @@ class GrowingTensor:
     def append(self, rows: Tensor) -> None:
         """Copy `rows` behind the last."""
         end = self._length + rows.shape[self.dim]
-        self.reserve(end)
+        if end > self._buffer.shape[self.dim]:
+            self.reserve(end)
         self._buffer.narrow(self.dim, self._length, end - self._length).copy_(rows)
         self._length = end
 

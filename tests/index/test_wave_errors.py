@@ -133,7 +133,7 @@ def test_a_query_sample_is_like_the_keys() -> None:
     [
         *(("k", k, f"at least 1, got {k!r}") for k in (0, -1, True, 2.0, None, "3")),
         *(("budget", b, f"least 1, got {b!r}") for b in (0, -1, True, None, "all")),
-        *(("budget", b, rf"in \(0, 1\], got {b!r}") for b in (0.0, 1.5, -1.0, NAN, INF)),
+        *(("budget", b, rf"in \(0, 1\], .*got {b!r}") for b in (0.0, 1.5, -1.0, NAN, INF)),
         *(("top_p", p, rf"in \(0, 1\], got {p!r}") for p in (0, 0.0, 1.5, -1, NAN, True, "all")),
         *(("rerank", r, f"at least 1, got {r!r}") for r in (0, 0.99, -1, NAN, INF, None, "2")),
         *(("group", g, f"at least 1, got {g!r}") for g in (0, -2, True, 2.0, None)),

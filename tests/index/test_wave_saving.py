@@ -27,7 +27,7 @@ class Failure(Exception):
     [
         (os, "replace", 0),
         (os, "fsync", 0),
-        (os, "fdopen", 0),
+        (Path, "open", 0),
         *((zlib, "crc32", n) for n in (0, 5)),
     ],
 )

@@ -36,11 +36,12 @@ BUDGETS = st.one_of(st.sampled_from([0.01, 0.1, 0.5, 1.0]), st.integers(1, 500))
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     params=PARAMS,
     k=KS,
+    group=st.sampled_from([1, 2]),
     seed=SEEDS,
 )
-def test_scanning_everything_is_exact(num_keys, heads, dim, dtype, params, k, seed) -> None:
+def test_scanning_everything_is_exact(num_keys, heads, dim, dtype, params, k, group, seed) -> None:
     keys, _, queries = make_data(seed, num_keys, heads=heads, dim=dim, dtype=dtype)
-    result = WaveIndex.build(keys, params).search(queries, k, budget=1.0)
+    result = WaveIndex.build(keys, params).search(queries, k, budget=1.0, group=group)
     assert_right(result, keys, queries, k)
     exact = exact_search(keys, queries, k)
     assert_right(exact, keys, queries, k)

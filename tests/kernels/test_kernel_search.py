@@ -193,6 +193,19 @@ def test_the_best_pages_are_scanned_and_the_best_codes_compared() -> None:
         assert found[2].flatten().tolist() == [5, 64, 80, 80]
 
 
+@pytest.mark.parametrize("page_size", [1, 4, 16, 32])
+@pytest.mark.parametrize("dim", [8, 40, 96])
+def test_as_many_candidates_as_answers_are_those_of_the_reference(page_size, dim) -> None:
+    """Without a second look the answer shows which estimates were largest."""
+    parts = make_parts(0, 2, 8, page_size, dim, 0)
+    query = torch.randn(2, 30, dim)
+    options = {"k": 5, "max_pages": 40, "num_candidates": 5, "optimism": 1.5}
+    got, want = both(search_pages, query, query, None, parts, **options)
+    assert (got[1] == want[1]).float().mean() > 0.98
+    best = both(search_pages, query, query, None, parts, **(options | {"num_candidates": 10**6}))[0]
+    assert (got[0] >= best[0][..., -1:] - 1e-4).float().mean() > 0.6
+
+
 NUMBERS = st.one_of(
     st.lists(st.floats(-(2.0**100), 2.0**100, width=32), max_size=300),
     st.lists(st.integers(-2, 2), max_size=300),

@@ -124,7 +124,8 @@ def _summary(state: IndexState, scatter: SpanScatter, batch: int) -> PageSummary
 def _by_group(queries: Tensor, group: int) -> Tensor:
     """[H, B * G, D] -> [B, H * G, D]."""
     H, Q, D = queries.shape
-    return queries.view(H, Q // group, group, D).transpose(0, 1).reshape(Q // group, -1, D)
+    B = Q // group
+    return queries.view(H, B, group, D).transpose(0, 1).reshape(B, H * group, D)
 
 
 def _by_query(x: Tensor, heads: int, group: int) -> Tensor:

@@ -88,5 +88,5 @@ def recall_at_k(ids: Array, true_ids: Array) -> Array:
     wanted = true >= 0
     hits = ((true.unsqueeze(-1) == found.unsqueeze(-2)).any(-1) & wanted).sum(-1)
     total = wanted.sum(-1)
-    share = torch.where(total > 0, hits / total.clamp(min=1), 1.0)
-    return share.double().numpy() if is_numpy else share
+    share = torch.where(total > 0, hits.double() / total.clamp(min=1), 1.0)
+    return share.numpy() if is_numpy else share.float()

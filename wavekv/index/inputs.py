@@ -12,8 +12,10 @@ from torch import Tensor
 from wavekv.errors import DtypeError, InputError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = 1e15
+LARGEST = 1e15
 """Squares and sums of larger numbers leave float32."""
+LARGEST_ATTENDED = 1e7
+"""Fourth powers and their sums, which attention estimates with, leave it sooner."""
 
 Array = Any
 """A numpy array or a torch tensor."""
@@ -30,6 +32,8 @@ def as_tensor(name: str, array: object) -> Tensor:
     if isinstance(array, np.ndarray):
         if array.dtype not in (np.float32, np.float16):
             raise _wrong_dtype(name, array.dtype)
+        if any(stride < 0 for stride in array.strides):
+            array = array.copy()
         # torch wants memory that it may write to, in an order of its own
         array = torch.from_numpy(np.require(array, requirements=["C", "W"]))
     if not isinstance(array, Tensor):
@@ -80,8 +84,8 @@ def expect_like(name: str, tensor: Tensor, *, heads: int, dim: int, device: torc
         raise InputError(f"{name} must be on {device} as the index, got {tensor.device}")
 
 
-def expect_finite(name: str, tensor: Tensor) -> None:
-    """No NaN, no infinity, nothing whose square overflows.
+def expect_finite(name: str, tensor: Tensor, *, largest: float = LARGEST) -> None:
+    """No NaN, no infinity, nothing beyond `largest`.
 
     Raises:
         InputError: naming the first place where it is.
@@ -90,12 +94,12 @@ def expect_finite(name: str, tensor: Tensor) -> None:
         return
     # one pass; NaN comes through, and fails the comparisons
     least, most = torch.aminmax(tensor)
-    if float(least) >= -_LARGEST and float(most) <= _LARGEST:
+    if float(least) >= -largest and float(most) <= largest:
         return
-    bad = ~(tensor.abs() <= _LARGEST)
+    bad = ~(tensor.abs() <= largest)
     at = tuple(bad.nonzero()[0].tolist())
     raise InputError(
-        f"{name} must be finite, at most {_LARGEST:g}, got {float(tensor[at])} at {list(at)}"
+        f"{name} must be finite, at most {largest:g}, got {float(tensor[at])} at {list(at)}"
     )
 
 
@@ -119,6 +123,17 @@ def expect_share(name: str, value: object) -> float:
     if isinstance(value, (int, float, np.number)) and value is not True and 0 < value <= 1:
         return float(value)
     raise InputError(f"{name} must be in (0, 1], got {value!r}")
+
+
+def expect_positive(name: str, value: object) -> float:
+    """A finite number above 0.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(value, (int, float, np.number)) and value is not True and 0 < value < math.inf:
+        return float(value)
+    raise InputError(f"{name} must be positive, got {value!r}")
 
 
 def pages_in_budget(budget: object, num_pages: int, page_size: int) -> int:

@@ -27,7 +27,8 @@ def empty_pages(like: Tensor, page_size: int, *, has_values: bool) -> Parts:
         "ids": like.new_empty(H, 0, page_size, dtype=torch.int32),
     }
     if has_values:
-        parts |= {name: like.new_empty(H, 0, D) for name in STATISTICS}
+        # squares of float16 numbers may be none
+        parts |= {name: like.new_empty(H, 0, D, dtype=torch.float32) for name in STATISTICS}
     return parts
 
 
@@ -54,7 +55,7 @@ def cluster(
     parts = {"pages": pages, "ids": (order + start).to(torch.int32).view(H, -1, page_size)}
     if values is not None:
         counts = torch.full((H, S // page_size), page_size, device=keys.device)
-        statistics = page_statistics(pages[:, :, 0], pages[:, :, 1], counts, dtype=keys.dtype)
+        statistics = page_statistics(pages[:, :, 0], pages[:, :, 1], counts)
         parts |= dict(zip(STATISTICS, statistics, strict=True))
     return parts
 

@@ -43,6 +43,10 @@ class SpanScatter:
         if shared:
             self.spans.view[:, :, first_page // self.span_pages] += scatter[:, :, 0]
 
+    def reserve(self, num_pages: int) -> None:
+        """Make room for the spans of so many pages: up to there, `add` cannot fail."""
+        self.spans.reserve(-(-num_pages // self.span_pages))
+
     def truncate(self, num_pages: int, last: Tensor | None) -> None:
         """Keep the spans of the first `num_pages` pages; `last` [B, Hkv, 2, D, D] is the new
         scatter of a span that is cut, None if none is."""

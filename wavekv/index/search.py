@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wavekv.errors import InputError
-from wavekv.index.inputs import expect_count, expect_share, pages_in_budget
+from wavekv.index.inputs import expect_count, expect_positive, expect_share, pages_in_budget
 from wavekv.index.state import IndexState
 from wavekv.kernels import SearchParts, score_means, search_pages, select
 
@@ -37,8 +37,7 @@ class SearchOptions:
             expect_share("top_p", self.top_p)
         if not isinstance(self.rerank, (int, float)) or not 1 <= self.rerank < math.inf:
             raise InputError(f"rerank must be a number of at least 1, got {self.rerank!r}")
-        if not 0 < self.scale < math.inf:
-            raise InputError(f"scale must be positive, got {self.scale!r}")
+        expect_positive("scale", self.scale)
         if self.num_threads is not None:
             expect_count("num_threads", self.num_threads)
 

@@ -88,14 +88,14 @@ class IndexState:
         codec = self.codec
         if kept < _num_trained(after) or _num_trained(before) != _num_trained(after):
             codec = self._train(after, kept, clustered)
-        codes, coded = self.codes, []
-        if codec is not None:
-            coded = [encode(segment["pages"][:, :, 0], codec) for segment in clustered]
-            if codec is not self.codec:
-                codes = self._encode_kept(first, codec)
-        scatters, cut = self._scatters(first, clustered), self._scatter_before(first)
+        codes = self.codes if codec is self.codec else self._encode_kept(first, codec)
+        coded = [] if codec is None else [encode(s["pages"][:, :, 0], codec) for s in clustered]
+        scatters, cut = self._scatters(first, clustered), self._scatter_before(after[:kept])
         # the last that can fail for want of memory
+        self.pages.reserve(first, clustered)
         codes.reserve(first, coded)
+        if self.scatter is not None:
+            self.scatter.reserve(sum(after) // self.params.page_size)
         self.pages.replace(first, clustered)
         codes.replace(first, coded)
         if self.scatter is not None:
@@ -200,13 +200,15 @@ class IndexState:
                 segments.append(clustered[index - kept]["pages"][:, :, 0])
         return train_codec(segments, self.metric, self.params.code_dims) if segments else None
 
-    def _encode_kept(self, num_pages: int, codec: KeyCodec) -> PageStore:
+    def _encode_kept(self, num_pages: int, codec: KeyCodec | None) -> PageStore:
         """New codes of the first pages."""
-        like = self.tail[:, 0, :0]
-        codes = PageStore(empty_codes(like, self.params.page_size, codec.code_dims))
-        span, pages = self.span_pages, self.pages["pages"][:, :num_pages, 0]
+        like, P = self.tail[:, 0, :0], self.params.page_size
+        if codec is None:
+            return PageStore(empty_codes(like, P, 8))
+        codes = PageStore(empty_codes(like, P, codec.code_dims))
+        pages = self.pages["pages"][:, :num_pages, 0]
         if num_pages:
-            codes.replace(0, [encode(part, codec) for part in pages.split(span, 1)])
+            codes.replace(0, [encode(part, codec) for part in pages.split(self.span_pages, 1)])
         return codes
 
     def _held_from(self, first: int) -> Tensor:
@@ -217,12 +219,22 @@ class IndexState:
         held = in_order(pages, ids, first * self.params.page_size).transpose(0, 1)
         return torch.cat([held, self.tail], 2)
 
-    def _scatter_before(self, first: int) -> Tensor | None:
-        """The scatter [1, H, 2, D, D] of a span that page `first` cuts, up to there."""
+    def _scatter_before(self, kept: list[int]) -> Tensor | None:
+        """The scatter [1, H, 2, D, D] of the span in which the segments `kept` end, up to there;
+        None if they end with a span, or are all."""
+        first = sum(kept) // self.params.page_size
         begin = first - first % self.span_pages
         if self.scatter is None or first in (begin, self.pages.num_pages):
             return None
-        return self._scatter_of(self.pages["pages"][:, begin:first], 0)[:, :, 0]
+        # segment by segment, as it was summed at first: the same order, the same rounding
+        total, page = None, 0
+        for length in kept:
+            after = page + length // self.params.page_size
+            if page >= begin:
+                part = self._scatter_of(self.pages["pages"][:, page:after], 0)[:, :, 0]
+                total = part if total is None else total + part
+            page = after
+        return total
 
     def _scatters(self, first: int, segments: list[Parts]) -> list[tuple[int, Tensor]]:
         """Of each segment its first page and the scatter [1, H, m, 2, D, D] of spans it touches."""

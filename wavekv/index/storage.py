@@ -11,10 +11,11 @@ is filled in at the end. Everything goes to a temporary file that then takes the
 from __future__ import annotations
 
 import json
+import math
 import mmap as memory_map
 import os
 import struct
-import tempfile
+import uuid
 import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from wavekv import __version__
-from wavekv.errors import ConfigError, IndexFormatError
+from wavekv.errors import IndexFormatError
 from wavekv.index.params import IndexParams
 from wavekv.index.state import Expected, IndexState
 
@@ -40,15 +41,15 @@ _DTYPES = {
 def save(state: IndexState, path: str | Path, *, is_flat: bool) -> None:
     """Write an index; see `WaveIndex.save`."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             _write(file, state, is_flat)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -70,7 +71,9 @@ def load(
             parts = {part["name"]: part for part in header["parts"]}
             if {n: (_DTYPES[p["dtype"]], p["shape"]) for n, p in parts.items()} != expected:
                 raise ValueError("the parts are not those of such an index")
-        except (KeyError, TypeError, ValueError, ConfigError) as error:
+            for part in parts.values():
+                _expect_inside(part, header["end"])
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise _damaged(path, f"a header that does not fit itself ({error!r})") from error
         whole = memory_map.mmap(file.fileno(), 0, access=memory_map.ACCESS_COPY) if mmap else None
         tensors = {
@@ -140,8 +143,11 @@ def _read_header(file: BinaryIO, path: str | Path) -> dict[str, Any]:
     text = file.read(length)
     if zlib.crc32(text) != checksum:
         raise _damaged(path, f"a header whose checksum is not {checksum:#010x}")
-    header: dict[str, Any] = json.loads(text)
-    return {"format_version": version, **header}
+    try:
+        header = {"format_version": version, **json.loads(text), "end": offset}
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, f"a header that is none ({error!r})") from error
+    return header
 
 
 def _empty_state(header: dict[str, Any]) -> tuple[IndexState, Expected]:
@@ -155,6 +161,14 @@ def _empty_state(header: dict[str, Any]) -> tuple[IndexState, Expected]:
         metric=metric,
     )
     return state, state.expected_parts(header["ntotal"], header["code_dims"])
+
+
+def _expect_inside(part: dict[str, Any], end: int) -> None:
+    """A part has the bytes of its type and shape, between the preamble and the header."""
+    size = math.prod(part["shape"]) * _DTYPES[part["dtype"]].itemsize
+    first = part["offset"]
+    if part["nbytes"] != size or not _ALIGNMENT <= first <= first + size <= end:
+        raise ValueError(f"part {part['name']!r} has {part['nbytes']} bytes at {first}")
 
 
 def _read_part(

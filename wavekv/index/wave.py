@@ -205,11 +205,11 @@ class WaveIndex:
         state = self._state
         if not state.has_values:
             raise InputError("attend needs values, got an index without: build(keys, values=...)")
-        asked = self._accept_queries(queries, group, check_finite)
+        asked = self._accept_queries(queries, group, check_finite, largest=inputs.LARGEST_ATTENDED)
         limits = page_limits(budget, top_p, state.pages.num_pages, self.params.page_size)
         for name, number in (("scale", scale), ("softcap", softcap)):
-            if number is not None and not number > 0:
-                raise InputError(f"{name} must be positive, got {number!r}")
+            if number is not None:
+                inputs.expect_positive(name, number)
         logits = Logits(scale or self.dim**-0.5, softcap)
         found = attend_state(asked, state, logits, limits=limits, top_p=top_p, group=group)
         is_numpy = not isinstance(queries, Tensor)
@@ -389,10 +389,14 @@ class WaveIndex:
         inputs.expect_like(name, tensor, heads=self.num_heads, dim=self.dim, device=self.device)
         if tensor.dtype != self.dtype:
             raise DtypeError(f"{name} must be {self.dtype} as the index, got {tensor.dtype}")
-        inputs.expect_finite(name, tensor)
+        is_attended = self._state.has_values
+        largest = inputs.LARGEST_ATTENDED if is_attended else inputs.LARGEST
+        inputs.expect_finite(name, tensor, largest=largest)
         return tensor
 
-    def _accept_queries(self, queries: Array, group: int, check_finite: bool) -> Tensor:
+    def _accept_queries(
+        self, queries: Array, group: int, check_finite: bool, *, largest: float = inputs.LARGEST
+    ) -> Tensor:
         """Queries [H, Q, D] float32 that fit."""
         tensor, _ = inputs.as_heads("queries", queries, is_flat=self._is_flat)
         inputs.expect_like(
@@ -400,5 +404,5 @@ class WaveIndex:
         )
         expect_group(tensor, group)
         if check_finite:
-            inputs.expect_finite("queries", tensor)
+            inputs.expect_finite("queries", tensor, largest=largest)
         return tensor.float().contiguous()

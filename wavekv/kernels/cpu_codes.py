@@ -23,6 +23,7 @@ LANES = 16
 VECTOR = 64
 """Bytes in a vector."""
 _MAX_CODE = np.float32(127.0)
+_TINY = np.finfo(np.float32).tiny
 
 
 def _has_vnni() -> bool:
@@ -141,7 +142,8 @@ def quantise_query(query: Any, codes: Any) -> Any:
     for x in query:
         largest = max(largest, abs(x))
     codes[:] = np.int8(0)
-    if not largest > np.float32(0.0):
+    # below the smallest normal number its reciprocal would be none
+    if not largest >= _TINY:
         return np.float32(0.0), np.int32(0)
     total = np.int32(0)
     for d in range(query.size):

@@ -67,7 +67,7 @@ def top_positions(values: Any, ties: Any, count: int, bins: Any, out: Any) -> An
     A guess from a sample leaves a few more than are wanted, a histogram of those tells the border,
     and only what lies around it is sorted.
 
-    values [n] float32, no NaN. ties [n]: of equal values those with the lower tie go first; None:
+    values [n] float32. ties [n]: of equal values those with the lower tie go first; None:
     the lower position. bins [n] int32: scratch. out: room for n + 1 positions.
     """
     n = values.size
@@ -97,6 +97,10 @@ def top_positions(values: Any, ties: Any, count: int, bins: Any, out: Any) -> An
         between += (few[i] >= low) & (few[i] <= high)
         out[kept] = out[i]
         kept += few[i] > high
+    if kept + between < count:
+        # only where there is a NaN, which is nowhere in order: last of all
+        out[:count] = np.argsort(-values)[:count]
+        return count
     at_border = at_border[:between]
     if ties is not None:
         at_border = at_border[np.argsort(ties[at_border])]

@@ -170,7 +170,7 @@ def index_values(data: Data, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1e5, 1e7])
-def test_huge_numbers_that_are_accepted_give_finite_results(size: float) -> None:
+def test_the_largest_numbers_that_are_accepted_give_finite_results(size: float) -> None:
     data = make_data(0, 300)
     keys, queries = (x / x.abs().amax() * size * 0.999 for x in (data.keys, data.queries))
     index = WaveIndex.build(keys, SMALL, values=data.values)

@@ -108,7 +108,7 @@ def test_the_keys_of_a_page_meet_the_query(page_size, groups, seed) -> None:
 @given(
     width=st.integers(1, 130),
     padding=st.integers(0, 7),
-    size=st.sampled_from([0.0, 1e-44, 1e-38, 1e-20, 1.0, 1e20, 3e38]),
+    size=st.sampled_from([0.0, 1e-44, 1e-38, 1e-37, 1.0, 1e20, 3e38]),
     seed=SEEDS,
 )
 def test_a_quantised_query_is_close(width, padding, size, seed) -> None:
@@ -119,12 +119,14 @@ def test_a_quantised_query_is_close(width, padding, size, seed) -> None:
     assert (codes[width:] == 0).all()
     assert total == codes.astype(np.int64).sum()
     largest = float(np.abs(query).max())
-    assert unit == pytest.approx(largest / 127, rel=1e-6, abs=1e-45)
-    if largest > 0:
+    # numbers below the normal ones are as good as nothing
+    if largest >= np.finfo(np.float32).tiny:
+        assert unit == pytest.approx(largest / 127, rel=1e-5)
         assert np.abs(codes.astype(int)).max() == 127
         wanted = query.astype(np.float64) / largest * 127
         assert np.abs(codes[:width] - wanted).max() <= 0.5001
     else:
+        assert unit == 0
         assert (codes == 0).all()
 
 

@@ -36,17 +36,24 @@ class IndexState:
     """
 
     def __init__(
-        self, like: Tensor, params: IndexParams, *, has_values: bool, metric: Tensor | None
+        self,
+        like: Tensor,
+        params: IndexParams,
+        *,
+        is_flat: bool,
+        has_values: bool,
+        metric: Tensor | None,
     ) -> None:
-        """Empty. like: [H, 0, D] fixes heads, dimensions, dtype and device. metric: [H, D, D] as
-        from `query_metric`, or None.
+        """Empty. like: [H, 0, D] fixes heads, dimensions, dtype and device. is_flat: for users, the
+        keys of the one head are [N, D]. metric: [H, D, D] as from `query_metric`, or None.
 
         Raises:
             ConfigError: more `code_dims` than D.
         """
         H, _, D = like.shape
         params.expect_dim(D)
-        self.params, self.metric, self.has_values = params, metric, has_values
+        self.params, self.metric = params, metric
+        self.is_flat, self.has_values = is_flat, has_values
         self.pages = PageStore(empty_pages(like, params.page_size, has_values=has_values))
         self.codes = PageStore(empty_codes(like, params.page_size, 8))
         self.tail = like.new_empty(H, 1 + has_values, 0, D)

@@ -38,13 +38,13 @@ _DTYPES = {
 }
 
 
-def save(state: IndexState, path: str | Path, *, is_flat: bool) -> None:
+def save(state: IndexState, path: str | Path) -> None:
     """Write an index; see `WaveIndex.save`."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            _write(file, state, is_flat)
+            _write(file, state)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -60,10 +60,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         return _read_header(file, path)
 
 
-def load(
-    path: str | Path, *, mmap: bool, device: torch.device, verify: bool
-) -> tuple[IndexState, bool]:
-    """An index, and whether its keys have no heads; see `WaveIndex.load`."""
+def load(path: str | Path, *, mmap: bool, device: torch.device, verify: bool) -> IndexState:
+    """Read an index; see `WaveIndex.load`."""
     with Path(path).open("rb") as file:
         header = _read_header(file, path)
         try:
@@ -81,10 +79,10 @@ def load(
             for name, part in parts.items()
         }
     state.restore(tensors)
-    return state, bool(header["is_flat"])
+    return state
 
 
-def _write(file: BinaryIO, state: IndexState, is_flat: bool) -> None:
+def _write(file: BinaryIO, state: IndexState) -> None:
     file.write(bytes(_ALIGNMENT))
     parts = []
     for name, tensor in state.tensors().items():
@@ -109,7 +107,7 @@ def _write(file: BinaryIO, state: IndexState, is_flat: bool) -> None:
         "dim": state.tail.shape[3],
         "ntotal": state.num_keys,
         "dtype": str(state.tail.dtype).removeprefix("torch."),
-        "is_flat": is_flat,
+        "is_flat": state.is_flat,
         "has_values": state.has_values,
         "has_query_sample": state.metric is not None,
         "code_dims": state.code_dims,
@@ -157,6 +155,7 @@ def _empty_state(header: dict[str, Any]) -> tuple[IndexState, Expected]:
     state = IndexState(
         torch.empty(H, 0, D, dtype=dtype),
         IndexParams(**header["params"]),
+        is_flat=header["is_flat"],
         has_values=header["has_values"],
         metric=metric,
     )

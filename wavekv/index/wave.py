@@ -37,10 +37,10 @@ class WaveIndex:
     append that fills a segment clusters its keys again, up to `log2(segment / (16 P))` times each.
     """
 
-    def __init__(self, state: IndexState, *, is_flat: bool, is_read_only: bool = False) -> None:
-        """Over a state; `build` and `load` make one. is_flat: keys and queries have no heads."""
+    def __init__(self, state: IndexState, *, is_read_only: bool = False) -> None:
+        """Over a state; `build` and `load` make one."""
         self._held: IndexState | None = state
-        self._is_flat, self._is_read_only = is_flat, is_read_only
+        self._is_read_only = is_read_only
 
     @classmethod
     def build(
@@ -80,9 +80,13 @@ class WaveIndex:
             metric = query_metric(sample)
         empty = keyed[:, :0]
         state = IndexState(
-            empty, params or IndexParams(), has_values=values is not None, metric=metric
+            empty,
+            params or IndexParams(),
+            is_flat=is_flat,
+            has_values=values is not None,
+            metric=metric,
         )
-        index = cls(state, is_flat=is_flat)
+        index = cls(state)
         index.append(keys, values)
         return index
 
@@ -173,7 +177,7 @@ class WaveIndex:
         scores, ids, work = search_state(asked, state, options)
         found = scores, ids, *work
         is_numpy = not isinstance(queries, Tensor)
-        return SearchResult(*as_given(found, is_flat=self._is_flat, is_numpy=is_numpy))
+        return SearchResult(*as_given(found, is_flat=self.is_flat, is_numpy=is_numpy))
 
     def attend(
         self,
@@ -213,7 +217,7 @@ class WaveIndex:
         logits = Logits(scale or self.dim**-0.5, softcap)
         found = attend_state(asked, state, logits, limits=limits, top_p=top_p, group=group)
         is_numpy = not isinstance(queries, Tensor)
-        return AttendResult(*as_given(found, is_flat=self._is_flat, is_numpy=is_numpy))
+        return AttendResult(*as_given(found, is_flat=self.is_flat, is_numpy=is_numpy))
 
     def save(self, path: str | Path) -> None:
         """Write the index to one file. The file appears whole or not at all: after an error, a full
@@ -222,7 +226,7 @@ class WaveIndex:
         Raises:
             OSError: it cannot be written.
         """
-        storage.save(self._state, path, is_flat=self._is_flat)
+        storage.save(self._state, path)
 
     @classmethod
     def load(
@@ -250,8 +254,8 @@ class WaveIndex:
         """
         if mmap and torch.device(device).type != "cpu":
             raise InputError(f"a mapped index lives on the CPU, got device={str(device)!r}")
-        state, is_flat = storage.load(path, mmap=mmap, device=torch.device(device), verify=verify)
-        return cls(state, is_flat=is_flat, is_read_only=mmap)
+        state = storage.load(path, mmap=mmap, device=torch.device(device), verify=verify)
+        return cls(state, is_read_only=mmap)
 
     @staticmethod
     def describe(path: str | Path) -> dict[str, Any]:
@@ -340,7 +344,7 @@ class WaveIndex:
     @property
     def is_flat(self) -> bool:
         """Keys, queries and results have no heads: [N, D], not [1, N, D]."""
-        return self._is_flat
+        return self._state.is_flat
 
     def close(self) -> None:
         """Free the memory, or the file. Every later use but `close` is a ClosedError."""
@@ -376,16 +380,17 @@ class WaveIndex:
         return self._held
 
     def _writable(self) -> IndexState:
+        state = self._state
         if self._is_read_only:
             raise ReadOnlyError(
                 "expected an index in memory, got one that is mapped from its file; "
                 "load it with mmap=False to change it"
             )
-        return self._state
+        return state
 
     def _accept(self, name: str, array: Array) -> Tensor:
         """Keys or values [H, S, D] that fit."""
-        tensor, _ = inputs.as_heads(name, array, is_flat=self._is_flat)
+        tensor, _ = inputs.as_heads(name, array, is_flat=self.is_flat)
         inputs.expect_like(name, tensor, heads=self.num_heads, dim=self.dim, device=self.device)
         if tensor.dtype != self.dtype:
             raise DtypeError(f"{name} must be {self.dtype} as the index, got {tensor.dtype}")
@@ -398,7 +403,7 @@ class WaveIndex:
         self, queries: Array, group: int, check_finite: bool, *, largest: float = inputs.LARGEST
     ) -> Tensor:
         """Queries [H, Q, D] float32 that fit."""
-        tensor, _ = inputs.as_heads("queries", queries, is_flat=self._is_flat)
+        tensor, _ = inputs.as_heads("queries", queries, is_flat=self.is_flat)
         inputs.expect_like(
             "queries", tensor, heads=self.num_heads, dim=self.dim, device=self.device
         )

@@ -135,7 +135,7 @@ nibble_dots = (_vnni_dots if HAS_VNNI else _portable_dots)(is_nibble=True)
 byte_dots = (_vnni_dots if HAS_VNNI else _portable_dots)(is_nibble=False)
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def quantise_query(query: Any, codes: Any) -> Any:
     """Write int8 codes [W] of a query [D <= W], zeros behind; return (scale, sum of the codes)."""
     largest = np.float32(0.0)
@@ -153,7 +153,7 @@ def quantise_query(query: Any, codes: Any) -> Any:
     return largest / _MAX_CODE, total
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def lay_out_query(codes: Any, keys: int, plane: Any) -> None:
     """Repeat a query's codes [W'] as codes of `keys` keys lie: plane [W' / 4 * keys * 4] int8."""
     at = 0
@@ -164,7 +164,7 @@ def lay_out_query(codes: Any, keys: int, plane: Any) -> None:
                 at += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def page_dots(codes: int, plane: int, groups: int, page_size: int, out: int) -> None:
     """The codes, 0..15, of the keys of one page times a query: int32 sums at `out`.
 
@@ -187,7 +187,7 @@ def page_dots(codes: int, plane: int, groups: int, page_size: int, out: int) -> 
         _add_groups(codes, plane, 0, groups, page_size, out)
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def _add_groups(codes: int, plane: int, first: int, groups: int, page_size: int, out: int) -> None:
     """Add to the sums what the groups from `first` on give: those that fill no whole vector."""
     packed = carray(uint8_at(codes), (groups, page_size, 4))

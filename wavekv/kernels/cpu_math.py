@@ -5,6 +5,9 @@ compiled version serves every dtype, every stride and any number of chunks, and 
 array. A strided tensor [B, Hkv, N, D] travels as a *view*, the tuple (address, dtype, and the
 strides in bytes of its three outer dimensions).
 
+A function without fast maths says `fastmath=False`: numba compiles what it has no word on with the
+flags of whoever calls it first, and keeps that.
+
 numba's on-disk cache watches the file of a compiled function, not the files of what it calls: after
 an edit here or in `cpu_state` delete `__pycache__/*.nbi` beside it.
 """
@@ -102,7 +105,7 @@ def row_at(address: int, dtype: int, width: int, scratch: int) -> Any:
     return carray(float32_at(address), (width,))
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def offset(view: Any, b: int, h: int, n: int) -> Any:
     """The address of row [b, h, n] of a view."""
     return view[0] + b * view[2] + h * view[3] + n * view[4]

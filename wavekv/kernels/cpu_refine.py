@@ -29,7 +29,7 @@ _BLOCK = 64
 """Candidates worked on at once: what follows the inner products runs across pages, in vectors."""
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def _lay_out_group(query: Any, page_size: int, planes: Any, scales: Any, centres: Any) -> None:
     """The queries [G, D] of a head as `page_dots` takes them: planes [G, 2, W / 2 * P] int8, the
     scales [G] of their codes, and centres [G], what key codes of zero give."""

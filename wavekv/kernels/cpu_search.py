@@ -125,7 +125,7 @@ def _dot(query: Any, row: Any) -> Any:
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def _write_best(found: Any, who: Any, bins: Any, out_scores: Any, out_ids: Any) -> Any:
     """The best of the candidates, best first, lower ids first among equals; then padding."""
     best = np.empty(found.size + 1, np.int64)
@@ -140,7 +140,7 @@ def _write_best(found: Any, who: Any, bins: Any, out_scores: Any, out_ids: Any) 
     return count
 
 
-@njit(nogil=True, cache=True, parallel=PRANGE.copy())
+@njit(fastmath=False, nogil=True, cache=True, parallel=PRANGE.copy())
 def search_pages(
     heads: int,
     num_queries: int,

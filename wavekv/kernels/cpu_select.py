@@ -42,7 +42,7 @@ def _rank_pages(log_mass: Any, rank: Any) -> None:
                 rank[n] = max(rank[n], np.float32(0.0)) + weights[n] / mass
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def _threshold(keys: Any, rank: Any, min_pages: int, max_pages: int, target: float) -> Any:
     """The rank bits of the last page to take, and how many pages of exactly that rank to take.
 
@@ -80,7 +80,7 @@ def _threshold(keys: Any, rank: Any, min_pages: int, max_pages: int, target: flo
     return prefix, ties
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def _select_head(log_mass: Any, min_pages: int, top_p: float, page_index: Any) -> None:
     """page_index [M] of one KV head from log_mass [G, N], ascending, -1 padded."""
     pages = log_mass.shape[1]
@@ -109,7 +109,7 @@ def _select_head(log_mass: Any, min_pages: int, top_p: float, page_index: Any) -
             filled += 1
 
 
-@njit(nogil=True, cache=True, parallel=PRANGE.copy())
+@njit(fastmath=False, nogil=True, cache=True, parallel=PRANGE.copy())
 def select(
     heads: int,
     group: int,

@@ -24,7 +24,7 @@ def _bounds(values: Any) -> Any:
     return least, most
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def _border(values: Any, count: int, bins: Any) -> Any:
     """Two numbers around the `count`-th largest value: at least `count` values reach the lower one,
     fewer exceed the upper (the ends of one of many equal intervals). bins [n]: scratch. A number
@@ -49,7 +49,7 @@ def _border(values: Any, count: int, bins: Any) -> Any:
     return low, least + np.float32(edge + 1) * width + slack if edge < _BINS - 1 else most
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def _reach(values: Any, level: Any, out: Any) -> int:
     """Write the positions of the values that reach a level, ascending; return their number."""
     filled = 0
@@ -60,7 +60,7 @@ def _reach(values: Any, level: Any, out: Any) -> int:
     return filled
 
 
-@njit(nogil=True, cache=True)
+@njit(fastmath=False, nogil=True, cache=True)
 def top_positions(values: Any, ties: Any, count: int, bins: Any, out: Any) -> Any:
     """Write the positions of the `count` largest values, in any order; return how many there are.
 

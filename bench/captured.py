@@ -1,7 +1,7 @@
 """Keys, values and queries of the bundled model over a long text, as its attention saw them.
 
 The model prefills a text with planted facts (exact attention), then answers questions about them;
-queries are those of the answer tokens, and a sample of those of the question before it.
+queries are those of the answer tokens.
 """
 
 from __future__ import annotations

@@ -1,24 +1,24 @@
 """Tail error and build time of clusterings of captured keys, beside spherical k-means.
 
-    python bench_clustering.py capture.pt [--budget 0.02] [--queries 80] [--threads 2] [--rolls 0]
+    python bench/clustering.py --out bench/results/clustering.json
 
-The capture is `torch.save((keys, values, queries))`: keys, values [L, H, T, D], queries
-[L, H, G, Q, D] unscaled. One JSON row a method on stdout. Tail error: exact attention over the
-clusters ranked first until the budget of tokens is reached, the second-moment estimate over the
-others; relative L2 error of each query head's output. `slope` columns: leaning values, one span a
-segment. `within` and `within_values`: sum of squares to the cluster's mean, a token. Build time:
-the fastest of `--repeats` over all rows, in milliseconds for 1000 keys of one head.
-
-`--rolls 5,11` repeats everything with the tokens shifted by 5 and by 11 (every method meets other
-segments and starts), which shows how much of a difference is luck; rows then carry `roll`.
+Keys, values and queries of the bundled model over texts of 32K tokens (`captured.py`), a seed each.
+Tail error: exact attention over the clusters ranked first until the budget of tokens is reached,
+the second-moment estimate over the others; relative L2 error of each query head's output, mean and
+95th percentile over seeds, layers, heads and queries. `slope`: with leaning values, one span a
+segment. `within`: sum of squares of the keys to their cluster's mean, a token. Build time: the
+fastest of `--repeats` over all rows, in milliseconds for 1000 keys of one head.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from captured import capture
+from machine import machine_record
 from torch import Tensor
 
 from wavekv.index import balanced_pages
@@ -106,6 +106,7 @@ def exact(keys: Tensor, values: Tensor, queries: Tensor, live: Tensor) -> tuple[
 def errors(
     keys: Tensor, values: Tensor, queries: Tensor, labels: Tensor, C: int, budget: float
 ) -> dict[str, float]:
+    """Tail errors of a clustering, labels [R, SEGMENT] in 0..C-1, and how tight it is."""
     stats = Statistics(keys, values, labels, C)
     L, H, T, D = keys.shape
     N = T // SEGMENT * C
@@ -148,6 +149,8 @@ def errors(
 
 
 def methods() -> Iterator[tuple[str, int, Clustering]]:
+    """Name, page size and clustering of rows [R, SEGMENT, D]."""
+
     def k_means(spherical: bool, centre: bool) -> Clustering:
         return lambda x: kmeans(x, SEGMENT // MEAN_SIZE, spherical=spherical, centre=centre)
 
@@ -159,12 +162,13 @@ def methods() -> Iterator[tuple[str, int, Clustering]]:
     yield "k-means", MEAN_SIZE, k_means(False, False)
     for page_size in (16, 8):
         yield "bisection", page_size, balanced(page_size, False)
-        yield "balanced_pages", page_size, balanced(page_size, True)
+        yield "bisection, refined", page_size, balanced(page_size, True)
 
 
 def run(
     keys: Tensor, values: Tensor, queries: Tensor, *, budget: float, repeats: int
-) -> Iterator[dict[str, object]]:
+) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """Name, page size and numbers of each method."""
     rows = keys.reshape(-1, SEGMENT, keys.shape[-1])
     chosen = list(methods())
     build = dict.fromkeys(range(len(chosen)), float("inf"))
@@ -179,26 +183,40 @@ def run(
         row = errors(keys, values, queries, labels[i], SEGMENT // size, budget)
         milliseconds = build[i] * 1e6 / rows.shape[:2].numel()
         numbers = row | {"build_ms_per_1000": milliseconds}
-        yield {"method": name, "page_size": size} | {k: round(v, 5) for k, v in numbers.items()}
+        yield name, size, {key: round(value, 5) for key, value in numbers.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("capture")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/clustering.json"))
     parser.add_argument("--budget", type=float, default=0.02)
-    parser.add_argument("--queries", type=int, default=80)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--rolls", default="0")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keys, values, queries = (x.float() for x in torch.load(args.capture))
-    total = queries.shape[3]
-    queries = queries[:, :, :, :: max(1, total // args.queries)][:, :, :, : args.queries]
-    for roll in map(int, args.rolls.split(",")):
-        shifted = keys.roll(roll, 2), values.roll(roll, 2)
-        for row in run(*shifted, queries, budget=args.budget, repeats=args.repeats):
-            print(json.dumps({"roll": roll} | row), flush=True)
+    rows: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for seed in args.seeds:
+        text = capture(seed=seed)
+        torch.set_num_threads(args.threads)
+        found = run(text.keys, text.values, text.queries, budget=args.budget, repeats=args.repeats)
+        for name, size, row in found:
+            print(json.dumps({"seed": seed, "method": name, "page_size": size} | row), flush=True)
+            rows.setdefault((name, size), []).append(row)
+    record = {
+        "machine": machine_record(),
+        "arguments": {**vars(args), "out": str(args.out)},
+        "rows": [
+            {"method": name, "page_size": size, "mean": mean_of(row), "by_seed": row}
+            for (name, size), row in rows.items()
+        ],
+    }
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def mean_of(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each number over rows."""
+    return {name: round(sum(row[name] for row in rows) / len(rows), 5) for name in rows[0]}
 
 
 if __name__ == "__main__":

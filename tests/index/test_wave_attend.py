@@ -165,10 +165,6 @@ def test_keys_of_any_size_that_their_type_holds_give_finite_results(dtype, size)
     assert float((result.out - out).norm() / out.norm()) < 0.5
 
 
-def index_values(data: Data, dtype: torch.dtype) -> Tensor:
-    return data.values.to(dtype)
-
-
 @pytest.mark.parametrize("size", [1e5, 1e7])
 def test_the_largest_numbers_that_are_accepted_give_finite_results(size: float) -> None:
     data = make_data(0, 300)

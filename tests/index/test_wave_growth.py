@@ -106,15 +106,29 @@ def test_a_span_of_several_segments_grows_as_if_it_was_built() -> None:
 @pytest.mark.parametrize("dim", [12, 64, 128])
 @pytest.mark.parametrize("has_sample", [False, True])
 def test_kept_segments_are_coded_anew_as_they_would_be(dim: int, has_sample: bool) -> None:
-    """1024 + 512 + 256 keys and then 128 more: a fourth segment, and a codec of four."""
-    data, params = make_data(0, 1920, dim=dim), IndexParams(page_size=8, segment=2048)
+    """Three full segments and then another: a codec of four instead of two."""
+    data, params = make_data(0, 1100, dim=dim), IndexParams(page_size=8, segment=256)
     options = {"has_sample": has_sample, "has_values": False}
-    index = build(data, params, upto=1792, **options)
-    append(index, data, 1792, 1920, has_values=False)
+    index = build(data, params, upto=900, **options)
+    append(index, data, 900, 1100, has_values=False)
     whole = build(data, params, **options)
     assert_same_tensors(snapshot(index), snapshot(whole))
-    index.truncate(1792)
-    assert_same_tensors(snapshot(index), snapshot(build(data, params, upto=1792, **options)))
+    index.truncate(900)
+    assert_same_tensors(snapshot(index), snapshot(build(data, params, upto=900, **options)))
+
+
+def test_small_appends_leave_the_codec_alone(monkeypatch) -> None:
+    """It is trained anew when the full segments double, not with every block."""
+    data, params = make_data(0, 1300), IndexParams(page_size=2, segment=128)
+    trained: list[int] = []
+    real = state.train_codec
+    monkeypatch.setattr(
+        state, "train_codec", lambda parts, *rest: trained.append(len(parts)) or real(parts, *rest)
+    )
+    index = build(data, params, upto=128)
+    for start in range(128, 1300, 20):
+        append(index, data, start, min(start + 20, 1300))
+    assert trained == [1, 2, 4, 8]
 
 
 @FEW

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from wavekv.index import IndexParams, WaveIndex, exact_search, recall_at_k
 from wavekv.index import search as search_module
+from wavekv.kernels import use_backend
 
 from .index_cases import (
     FEW,
@@ -216,3 +217,23 @@ def test_a_search_from_several_threads_is_a_search() -> None:
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(lambda _: index.search(queries, 5), range(20)):
             assert_same_result(result, expected)
+
+
+def test_the_backend_of_one_search_does_not_bind_the_next() -> None:
+    data = make_data(0, 300)
+    index = WaveIndex.build(data.keys, SMALL)
+    with use_backend("torch"):
+        first = index.search(data.queries, 5)
+    assert torch.equal(index.search(data.queries, 5).ids, first.ids)
+
+
+def test_numbers_may_be_those_of_numpy() -> None:
+    data = make_data(0, 300)
+    index = WaveIndex.build(data.keys, SMALL)
+    plain = index.search(data.queries, 5, budget=40, rerank=2.0)
+    found = index.search(
+        data.queries, np.uint8(5), budget=np.int32(40), rerank=np.float32(2), group=np.int64(1)
+    )
+    assert torch.equal(found.ids, plain.ids)
+    index.truncate(np.int64(200))
+    assert len(index) == 200

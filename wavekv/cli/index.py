@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
         option = f"--{name.replace('_', '-')}"
         build.add_argument(option, type=int, default=default, help=f"{text} ({default})")
     build.add_argument("--code-dims", type=int, help="dimensions of a key that get a code")
+    build.add_argument("--refine", action="store_true", help="cluster longer, for higher recall")
     _finish(build, run_build)
 
     query = actions.add_parser("query", help="find the keys of the highest inner product")
@@ -46,6 +47,7 @@ def add_parser(commands: Any) -> None:
     limit.add_argument("--budget", type=_budget, default=DEFAULT_BUDGET, help=budget_help)
     limit.add_argument("--exact", action="store_true", help="compare every key")
     query.add_argument("--top-p", type=float, help="scan only pages of this softmax mass")
+    query.add_argument("--rerank", type=float, default=2.0, help="compare so many times k (2)")
     query.add_argument("--group", type=int, default=1, help="queries that share their pages (1)")
     query.add_argument("--mmap", action="store_true", help="map the file, unchecked, not read it")
     query.add_argument("-o", "--output", type=Path, help="ids and scores, as .npz or .arrow")
@@ -66,7 +68,10 @@ def add_parser(commands: Any) -> None:
 def run_build(options: argparse.Namespace) -> int:
     """Index a file of keys."""
     params = IndexParams(
-        page_size=options.page_size, segment=options.segment, code_dims=options.code_dims
+        page_size=options.page_size,
+        segment=options.segment,
+        code_dims=options.code_dims,
+        refine=options.refine,
     )
     expect_folder(options.output)
     keys = read_vectors(options.keys)

@@ -31,6 +31,7 @@ def run_query(options: argparse.Namespace) -> int:
         "budget": 1.0 if options.exact else options.budget,
         "top_p": options.top_p,
         "group": options.group,
+        "rerank": options.rerank,
     }
     # a mapped file is there at once: no checksums, which would read all of it
     with WaveIndex.load(options.index, mmap=options.mmap, verify=not options.mmap) as index:

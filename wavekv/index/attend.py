@@ -15,6 +15,7 @@ from wavekv.kernels import attend_dense, attend_pages, merge_state
 
 _CANDIDATES = 32
 """So many budgets of pages are ranked again by the codes of their keys."""
+_MASSES_AT_ONCE = 1 << 25
 
 
 def page_limits(
@@ -39,9 +40,28 @@ def attend_state(
     limits: tuple[int, int],
     top_p: float | None,
     group: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The fields of an `AttendResult`, with queries [H, Q, D] float32, of which `group` consecutive
-    ones share their pages."""
+    ones share their pages. Masses of 128 MiB at a time."""
+    step = max(1, _MASSES_AT_ONCE // (len(queries) * max(1, state.pages.num_pages)) // group)
+    parts = [
+        _attend(part, state, logits, limits=limits, top_p=top_p, group=group)
+        for part in queries.split(step * group, 1)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
+
+
+def _attend(
+    queries: Tensor,
+    state: IndexState,
+    logits: Logits,
+    *,
+    limits: tuple[int, int],
+    top_p: float | None,
+    group: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     H, Q, _ = queries.shape
     B, tail = Q // group, state.tail
     # queries that share their pages are heads of one group, and groups a batch: [B, H * G, D]

@@ -125,15 +125,18 @@ def expect_share(name: str, value: object) -> float:
     raise InputError(f"{name} must be in (0, 1], got {value!r}")
 
 
-def expect_positive(name: str, value: object) -> float:
-    """A finite number above 0.
+def expect_positive(name: str, value: object, *, least: float = 0.0) -> float:
+    """A finite number above 0, and of at least `least`.
 
     Raises:
         InputError: it is not.
     """
-    if isinstance(value, (int, float, np.number)) and value is not True and 0 < value < math.inf:
-        return float(value)
-    raise InputError(f"{name} must be positive, got {value!r}")
+    if isinstance(value, (int, float, np.number)) and value is not True:
+        number = float(value)
+        if 0 < number < math.inf and number >= least:
+            return number
+    wanted = f"a number of at least {least:g}" if least else "positive"
+    raise InputError(f"{name} must be {wanted}, got {value!r}")
 
 
 def pages_in_budget(budget: object, num_pages: int, page_size: int) -> int:

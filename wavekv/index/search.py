@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wavekv.errors import InputError
 from wavekv.index.inputs import expect_count, expect_positive, expect_share, pages_in_budget
 from wavekv.index.state import IndexState
 from wavekv.kernels import SearchParts, score_means, search_pages, select
@@ -30,16 +29,16 @@ class SearchOptions:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        expect_count("k", self.k)
-        expect_count("group", self.group)
+        # numbers of numpy become plain ones: kernels and shifts of bits want those
+        for name in ("k", "group"):
+            object.__setattr__(self, name, expect_count(name, getattr(self, name)))
         pages_in_budget(self.budget, 1, 1)
         if self.top_p is not None:
             expect_share("top_p", self.top_p)
-        if not isinstance(self.rerank, (int, float)) or not 1 <= self.rerank < math.inf:
-            raise InputError(f"rerank must be a number of at least 1, got {self.rerank!r}")
+        expect_positive("rerank", self.rerank, least=1.0)
         expect_positive("scale", self.scale)
         if self.num_threads is not None:
-            expect_count("num_threads", self.num_threads)
+            object.__setattr__(self, "num_threads", expect_count("num_threads", self.num_threads))
 
     def max_pages(self, num_pages: int, page_size: int) -> int:
         """The most pages to scan, of so many: enough for k keys."""
@@ -83,7 +82,7 @@ def _search(
         parts,
         k=options.k,
         max_pages=most,
-        num_candidates=math.ceil(options.rerank * options.k),
+        num_candidates=math.ceil(min(float(options.rerank) * options.k, pages * P)),
         # the largest of P normal numbers lies about so many deviations above their mean
         optimism=math.sqrt(2 * math.log(P)),
         num_threads=options.num_threads,

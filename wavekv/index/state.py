@@ -17,7 +17,7 @@ from wavekv.index.pages import (
     in_order,
 )
 from wavekv.index.params import BLOCK_PAGES, IndexParams
-from wavekv.index.scatter import SpanScatter, scatter_by_span
+from wavekv.index.scatter import SpanScatter, pages_of_span, scatter_by_span
 from wavekv.index.segments import cut_segments
 from wavekv.kernels import SearchParts, checked
 
@@ -31,8 +31,8 @@ class IndexState:
     """Pages, their codes, and the tail that is in no page yet: a function of the keys alone.
 
     How many keys there are fixes the segments, and which of them the codec is trained on: the first
-    1, 2, 4, 8, ... When that number doubles, all codes are made anew, which costs little beside
-    the clustering.
+    1, 2, 4, 8, ... full ones. When that number doubles, all codes are made anew, which costs little
+    beside the clustering.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class IndexState:
 
     @property
     def span_pages(self) -> int:
-        """Pages of a span: a full segment."""
-        return self.params.segment // self.params.page_size
+        """Pages of a span."""
+        return pages_of_span(self.params.segment, self.params.page_size, self.tail.shape[3])
 
     @property
     def num_keys(self) -> int:
@@ -93,7 +93,7 @@ class IndexState:
         clustered = self._cluster(rest, after[kept:], start)
         tail = rest[:, :, sum(after[kept:]) :].clone()
         codec = self.codec
-        if kept < _num_trained(after) or _num_trained(before) != _num_trained(after):
+        if kept < self._num_trained(after) or self._num_trained(before) != self._num_trained(after):
             codec = self._train(after, kept, clustered)
         codes = self.codes if codec is self.codec else self._encode_kept(first, codec)
         coded = [] if codec is None else [encode(s["pages"][:, :, 0], codec) for s in clustered]
@@ -182,6 +182,12 @@ class IndexState:
         if self.scatter is not None:
             self.scatter.spans = GrowingTensor.holding(tensors["scatter"], dim=2)
 
+    def _num_trained(self, lengths: list[int]) -> int:
+        """How many of these segments a codec is trained on: of the full ones the largest power of
+        two, without one the first."""
+        full = lengths.count(self.params.segment)
+        return 1 << full.bit_length() - 1 if full else min(1, len(lengths))
+
     def _cluster(self, tokens: Tensor, lengths: list[int], start: int) -> list[Parts]:
         """The segments of so many of the keys and values [H, 1 or 2, S, D], with ids from
         `start`."""
@@ -199,7 +205,7 @@ class IndexState:
     def _train(self, lengths: list[int], kept: int, clustered: list[Parts]) -> KeyCodec | None:
         """The codec for an index of such segments, of which the first `kept` are held."""
         segments, end = [], 0
-        for index in range(_num_trained(lengths)):
+        for index in range(self._num_trained(lengths)):
             begin, end = end, end + lengths[index] // self.params.page_size
             if index < kept:
                 segments.append(self.pages["pages"][:, begin:end, 0])
@@ -237,8 +243,9 @@ class IndexState:
         total, page = None, 0
         for length in kept:
             after = page + length // self.params.page_size
-            if page >= begin:
-                part = self._scatter_of(self.pages["pages"][:, page:after], 0)[:, :, 0]
+            if after > begin:
+                pages = self.pages["pages"][:, max(page, begin) : after]
+                part = self._scatter_of(pages, 0)[:, :, 0]
                 total = part if total is None else total + part
             page = after
         return total
@@ -260,8 +267,3 @@ class IndexState:
             keys, values, counts, first_page=first, span_pages=self.span_pages
         )
         return scatter[None]
-
-
-def _num_trained(lengths: list[int]) -> int:
-    """How many of these segments a codec is trained on: the largest power of two."""
-    return 1 << len(lengths).bit_length() - 1 if lengths else 0

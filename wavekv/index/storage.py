@@ -17,6 +17,7 @@ import os
 import struct
 import uuid
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -197,11 +198,13 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    # the file is in place; that its name lasts through a power cut is asked of folders that can
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _damaged(path: str | Path, found: str) -> IndexFormatError:

@@ -20,6 +20,9 @@ from wavekv.index.retrieval import Logits
 from wavekv.index.search import DEFAULT_BUDGET, SearchOptions, search_state
 from wavekv.index.state import IndexState
 
+_MAX_KEYS = 2**31 - 1
+"""Ids are kept as int32."""
+
 
 class WaveIndex:
     """An index of keys [H, N, D] for inner products: H independent heads of N keys.
@@ -33,7 +36,8 @@ class WaveIndex:
 
     Memory beside the keys, bytes for each: `code_dims / 2 + 1 + 4 / P` of codes, `(D + 8) / P + 4`
     of means and ids, for pages of P; 78 at D = 128 and the defaults. With values, `attend` needs
-    3 D / P more numbers of their type, and `8 D**2 / segment` bytes. A build is linear in N; an
+    `12 D / P` bytes more, and `8 D**2 / max(segment, 16 D)`. Building holds a few copies of what is
+    added at a time. A build is linear in N; an
     append that fills a segment clusters its keys again, up to `log2(segment / (16 P))` times each.
     """
 
@@ -114,6 +118,8 @@ class WaveIndex:
                     f"values must be {tuple(new[0].shape)} as the keys, got {tuple(new[1].shape)}"
                 )
         first, count = self.ntotal, new[0].shape[1]
+        if first + count > _MAX_KEYS:
+            raise InputError(f"an index holds at most {_MAX_KEYS} keys a head, got {first + count}")
         if count:
             state.resize(first + count, torch.stack(new, 1))
         return range(first, first + count)
@@ -126,7 +132,8 @@ class WaveIndex:
             ReadOnlyError: the index is mapped from a file.
         """
         state = self._writable()
-        if inputs.expect_count("n", n, least=0) > self.ntotal:
+        n = inputs.expect_count("n", n, least=0)
+        if n > self.ntotal:
             raise InputError(f"n must be at most ntotal={self.ntotal}, got {n}")
         if n < self.ntotal:
             state.resize(n, state.tail[:, :, :0])
@@ -148,8 +155,8 @@ class WaveIndex:
 
         Args:
             queries: [H, Q, D], or [Q, D] if the keys were [N, D].
-            budget: how many keys to scan by their codes: a share in (0, 1], or a number. 1.0 is
-                exact: every key is compared.
+            budget: how many keys to scan by their codes: a share in (0, 1], or a number; at least
+                as many as fill k. 1.0 without `top_p` is exact: every key is compared.
             top_p: scan the fewest pages whose estimated share of the softmax of `scale * q.k`
                 reaches this, at most `budget`.
             group: so many consecutive queries share one choice of pages, by their summed softmax
@@ -167,8 +174,8 @@ class WaveIndex:
             InputError, DtypeError: queries or options that do not fit.
             ClosedError: after `close`.
 
-        Cost for a query: D bytes for each page, D / 2 + 1 for each key scanned (half of that with a
-        query sample) and `rerank * k` keys.
+        Cost for a query: D bytes for each page, `code_dims / 2 + 1` for each key scanned, and
+        `rerank * k` keys.
         """
         state = self._state
         scale = self.dim**-0.5 if scale is None else scale
@@ -191,6 +198,9 @@ class WaveIndex:
         check_finite: bool = True,
     ) -> AttendResult:
         """Softmax attention over all keys: exact over the best pages, estimated over the others.
+
+        Pages are ranked by their statistics, the best 32 budgets of them again by the codes of
+        their keys.
 
         Args:
             queries: [H, Q, D], or [Q, D] if the keys were [N, D].

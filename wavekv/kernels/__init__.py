@@ -1,6 +1,7 @@
-"""Attention kernels over pages and their statistics: tensors in, tensors out, no state.
+"""Kernels over pages, their statistics and codes: tensors in, tensors out, no state.
 
-`reference` is the readable torch definition, `dispatch` picks the backend. No numba loads here.
+`reference` and `reference_search` are the readable torch definitions, `dispatch` and `search` the
+public functions, `backend` picks between torch and numba. No numba loads here.
 """
 
 from wavekv.kernels.backend import use_backend
@@ -9,6 +10,7 @@ from wavekv.kernels.dispatch import (
     attend_pages,
     estimate,
     merge_state,
+    project,
     refine,
     score,
     select,
@@ -23,6 +25,7 @@ __all__ = [
     "checked",
     "estimate",
     "merge_state",
+    "project",
     "refine",
     "score",
     "score_means",

@@ -1,6 +1,7 @@
 """The public functions for CPU tensors: unwrap the torch tensors, launch the numba kernels.
 
-Arguments are taken as validated by `dispatch`. Pages, keys and statistics are read in place.
+Arguments are taken as validated by `dispatch` and `search`. Pages, keys and statistics are read in
+place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from wavekv.kernels import (
     cpu_estimate,
     cpu_merge,
     cpu_pages,
+    cpu_project,
     cpu_refine,
     cpu_score,
     cpu_search,
@@ -205,6 +207,18 @@ def merge_state(
         *(tensor.data_ptr() for tensor in (out_a, lse_a, out_b, lse_b, out, lse)),
     )
     return out, lse
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    blocks, rows, width = x.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    scores = torch.empty(blocks, rows)
+    launch(
+        cpu_project.project,
+        blocks * rows,
+        *(blocks, rows, width, x.data_ptr(), weight.data_ptr(), scores.data_ptr()),
+    )
+    return scores
 
 
 def score_means(

@@ -30,7 +30,8 @@ def _has_vnni() -> bool:
     """Whether code compiled here may use AVX512-VNNI."""
     if numba.config.CPU_NAME or numba.config.CPU_FEATURES:
         return "+avx512vnni" in (numba.config.CPU_FEATURES or "")
-    return bool(binding.get_host_cpu_features().get("avx512vnni", False))
+    found = binding.get_host_cpu_features().get("avx512vnni", False)
+    return bool(found and numba.config.ENABLE_AVX)
 
 
 HAS_VNNI = _has_vnni()

@@ -9,7 +9,7 @@ A function without fast maths says `fastmath=False`: numba compiles what it has 
 flags of whoever calls it first, and keeps that.
 
 numba's on-disk cache watches the file of a compiled function, not the files of what it calls: after
-an edit here or in `cpu_state` delete `__pycache__/*.nbi` beside it.
+an edit here, in `cpu_state`, `cpu_codes` or `cpu_top` delete `__pycache__/*.nbi` beside it.
 """
 
 # mypy: disallow-untyped-decorators=False

@@ -67,7 +67,8 @@ def _mass_and_shift(
     shifts: Any,
 ) -> None:
     """masses [m]: the log of the sum of exp(logit) of each page; shifts [m]: the mean by those
-    weights, less the plain mean, of what the logits of its keys lie above that of the mean key.
+    weights of what the logits of its keys lie above that of the mean key. The plain mean of that is
+    0, and is made so.
 
     base [m]: logits of the mean keys. sums [P, m]: codes times query codes; centre: what codes of
     zero give; unit: the scale of the query codes. steps [P, m]: of each key. counts [m] >= 1.
@@ -76,28 +77,34 @@ def _mass_and_shift(
     page_size, pages = sums.shape
     offsets, logits = scratch[0], scratch[1]
     total, plain = scratch[2, 0], scratch[3, 0]
-    masses[:] = NEG_INF
+    plain[:] = np.float32(0.0)
     for p in range(page_size):
         for j in range(pages):
             x = unit * steps[p, j] * np.float32(sums[p, j] - centre)
-            y = base[j] + x
+            x = x if p < counts[j] else np.float32(0.0)
+            offsets[p, j] = x
+            plain[j] += x
+    for j in range(pages):
+        plain[j] /= np.float32(counts[j])
+    masses[:] = NEG_INF
+    for p in range(page_size):
+        for j in range(pages):
+            offsets[p, j] -= plain[j]
+            y = base[j] + offsets[p, j]
             if softcap > np.float32(0.0):
                 y = softcap * tanh(y / softcap)
             y = y if p < counts[j] else NEG_INF
-            offsets[p, j] = x
             logits[p, j] = y
             masses[j] = max(masses[j], y)
     total[:] = np.float32(0.0)
-    plain[:] = np.float32(0.0)
     shifts[:] = np.float32(0.0)
     for p in range(page_size):
         for j in range(pages):
             w = exp2((logits[p, j] - masses[j]) * LOG2_E)
             total[j] += w
             shifts[j] += w * offsets[p, j]
-            plain[j] += offsets[p, j] if p < counts[j] else np.float32(0.0)
     for j in range(pages):
-        shifts[j] = shifts[j] / total[j] - plain[j] / np.float32(counts[j])
+        shifts[j] /= total[j]
         masses[j] += np.log2(total[j]) * LN_2
 
 

@@ -192,7 +192,7 @@ def search_pages(
             _score_means(y, mean_codes[0] + h * mean_codes[1], scale, means)
         if given != 0:
             num_pages = 0
-            while num_pages < most and given_pages[h, i, num_pages] >= 0:
+            while num_pages < most and 0 <= given_pages[h, i, num_pages] < pages:
                 chosen[num_pages] = given_pages[h, i, num_pages]
                 num_pages += 1
         elif most < pages:

@@ -82,9 +82,10 @@ def refine(
 
     A mean hides a single key that fits the query among others that do not; codes of each key show
     it. Key p of a page is mean + page_scale * code_scale[p] / 255 * (code - 8), code in 0..15.
-    The shift is the mean logit of these keys, before the cap, weighted by their mass, less the
-    plain mean. For the codes, not for the mean, the query is rounded to int8: an error of at most
-    1/254 of its largest component, far below that of the codes.
+    The mean of the keys is the page's, exactly: what their codes make of it is taken off. The shift
+    is the mean logit of these keys, before the cap, weighted by their mass, less the plain mean.
+    For the codes, not for the mean, the query is rounded to int8: an error of at most 1/254 of its
+    largest component, far below that of the codes.
 
     query: [B, Hq, D]. code_query: [B, Hq, D'], the same query in the space of the codes; the query
     itself where they have none of their own. log_mass, shift: [B, Hq, N] as from `score`. mean:
@@ -286,6 +287,21 @@ def estimate(
     run = _backend(log_mass, value_mean, *([] if shift is None else [shift])).estimate
     state: State = run(log_mass, value_mean, selected, shift, slope, span_pages=span_pages)
     return state
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """Inner products of the rows of each block with their weighted sum: a step of the power method,
+    or of two-means, for many blocks at once. The sum is scaled to a largest component of 1, so
+    that no power of it overflows or vanishes.
+
+    x: [b, n, D] and weight: [b, n], float32. Returns [b, n] float32. Blocks do not influence each
+    other.
+    """
+    if x.dim() != 3 or x.dtype != torch.float32:
+        raise ValueError(f"x must be [b, n, D] float32, got {tuple(x.shape)} {x.dtype}")
+    checks.expect("weight", weight, tuple(x.shape[:2]), torch.float32, like=x)
+    scores: Tensor = _backend(x, weight).project(x, weight)
+    return scores
 
 
 def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> State:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_MAX_STRIP = 256
+
 VALUE_RIDGE = 1e-2
 """Ridge of the fit of values to logits, as a share of the spread that logits would have were the
 dimensions of the keys independent: it bounds the slope where keys hardly vary along a query."""
@@ -82,14 +84,15 @@ def refine(
     rounded = rounded_to_int8(_by_group(code_query, Hkv) * scale)
     # how far each key's logit lies from that of its page's mean
     offset = torch.einsum("bhgd,bhcpd->bhgcp", rounded, residual)
+    count = of_candidates(counts)
+    held = (torch.arange(P, device=query.device) < count.unsqueeze(-1)).unsqueeze(2)
+    plain = offset.masked_fill(~held, 0.0).sum(-1) / count.clamp(min=1).unsqueeze(2)
+    offset = offset - plain.unsqueeze(-1)
     logits = offset + torch.einsum("bhgd,bhcd->bhgc", q, of_candidates(mean).float()).unsqueeze(-1)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    count = of_candidates(counts)
-    held = (torch.arange(P, device=query.device) < count.unsqueeze(-1)).unsqueeze(2)
     logits = logits.masked_fill(~held, -torch.inf)
-    weights = logits.softmax(-1) - 1 / count.clamp(min=1)[:, :, None, :, None]
-    refined = logits.logsumexp(-1), (weights * offset).masked_fill(~held, 0.0).sum(-1)
+    refined = logits.logsumexp(-1), (logits.softmax(-1) * offset).masked_fill(~held, 0.0).sum(-1)
     # -1 pads: a spare page takes what belongs to none
     pages = log_mass.shape[-1]
     slots = candidates.masked_fill(candidates < 0, pages).unsqueeze(2).expand_as(refined[0])
@@ -204,6 +207,20 @@ def estimate(
         shifted = shifted.unflatten(-1, (spans, span_pages)).sum(-1).unsqueeze(2)
         out = out + (shifted @ slope).squeeze(2)
     return out, lse
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    b, n, D = x.shape
+    # long blocks in strips: more parallel, and a sum does not depend on how many rows come along
+    num_strips = 1
+    while n // num_strips > _MAX_STRIP and n % (2 * num_strips) == 0:
+        num_strips *= 2
+    strips = x.reshape(b * num_strips, n // num_strips, D)
+    direction = torch.bmm(weight.reshape(b * num_strips, 1, n // num_strips), strips)
+    direction = direction.view(b, num_strips, D).sum(1)
+    direction = direction / direction.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    direction = direction.unsqueeze(1).expand(b, num_strips, D).reshape(-1, D, 1)
+    return torch.bmm(strips, direction).view(b, n)
 
 
 def merge_state(

@@ -77,6 +77,8 @@ def checked(parts: SearchParts) -> SearchParts:
         )
     checks.expect_rows("keys", keys)
     heads, pages, page_size, width = keys.shape
+    if pages % 16:
+        raise ValueError(f"pages must come in blocks of 16, got {pages}")
     rows = (heads, pages)
     groups, mean_groups = parts.codes.shape[2], parts.mean_codes.shape[2]
     if 8 * groups > 4 * mean_groups or 4 * mean_groups < width:
@@ -95,7 +97,7 @@ def checked(parts: SearchParts) -> SearchParts:
         ("tail", (heads, parts.tail.shape[1], width), keys.dtype),
     ):
         checks.expect_part(name, getattr(parts, name), shape, dtype, like=keys)
-    if not uses_numba(keys):
+    if keys.device.type != "cpu":
         return parts
     from wavekv.kernels import cpu
 
@@ -134,7 +136,8 @@ def search_pages(
     width = 4 * parts.mean_codes.shape[2]
     checks.expect("turned", turned, (*shape, width), torch.float32, like=keys)
     if given is not None:
-        checks.expect("given", given, (*shape, given.shape[-1]), torch.int64, like=keys)
+        most = min(given.shape[-1], keys.shape[1])
+        checks.expect("given", given, (*shape, most), torch.int64, like=keys)
     if k < 1 or num_candidates < 0 or max_pages < 0:
         raise ValueError(
             "expected k >= 1, num_candidates >= 0 and max_pages >= 0, got "

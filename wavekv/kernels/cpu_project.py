@@ -10,6 +10,7 @@ from numba.np.numpy_support import carray
 from wavekv.kernels.cpu_math import FASTMATH, PRANGE, float32_at
 
 _TINY = np.float32(1e-30)
+_STRIP = 64
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())
@@ -21,10 +22,16 @@ def project(blocks: int, rows: int, width: int, x: int, weight: int, out: int) -
     for index in prange(blocks):
         block: Any = np.int64(index)
         direction = np.zeros(width, np.float32)
-        for i in range(rows):
-            w = weights[block, i]
+        part = np.empty(width, np.float32)
+        # in strips: weights often sum to zero, and a long sum would lose what is left
+        for first in range(0, rows, _STRIP):
+            part[:] = np.float32(0.0)
+            for i in range(first, min(first + _STRIP, rows)):
+                w = weights[block, i]
+                for d in range(width):
+                    part[d] += w * points[block, i, d]
             for d in range(width):
-                direction[d] += w * points[block, i, d]
+                direction[d] += part[d]
         largest = _TINY
         for d in range(width):
             largest = max(largest, abs(direction[d]))

@@ -22,8 +22,8 @@ class IndexParams:
     """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages. Keys
     that come together are often alike, so longer segments find no better pages, and take longer."""
     refine: bool = False
-    """Let keys change places between pages once more: two to three times the time to build, and
-    recall as of half again as many scanned keys."""
+    """Let keys change places between pages once more: four times the time to build, and recall as
+    of half again as many scanned keys."""
     code_dims: int | None = None
     """Directions of each key that get a four-bit code, a multiple of 8; the others are dropped from
     the codes. None: all, or, if the queries are known by a sample, as many as hold 98 % of what

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from wavekv.config import OffloadConfig
+    from wavekv.index import WaveIndex
     from wavekv.model_adapters import OffloadedCache, OffloadedKV
 
 __version__ = "0.1.0"
 
-__all__ = ["OffloadConfig", "OffloadedCache", "OffloadedKV", "__version__"]
+__all__ = ["OffloadConfig", "OffloadedCache", "OffloadedKV", "WaveIndex", "__version__"]
 
 _HOME = {
     "OffloadConfig": "wavekv.config",
     "OffloadedCache": "wavekv.model_adapters",
     "OffloadedKV": "wavekv.model_adapters",
+    "WaveIndex": "wavekv.index",
 }
 
 

@@ -212,8 +212,10 @@ def test_of_equal_keys_the_lower_ids_come_first() -> None:
 
 def test_a_search_from_several_threads_is_a_search() -> None:
     keys, _, queries = make_data(0, 500, num_queries=40)
-    index = WaveIndex.build(keys, IndexParams(page_size=4, segment=256))
-    expected = index.search(queries, 5)
+    params = IndexParams(page_size=4, segment=256)
+    expected = WaveIndex.build(keys, params).search(queries, 5)
+    # never searched before: the threads also race to be first
+    index = WaveIndex.build(keys, params)
     with ThreadPoolExecutor(4) as pool:
         for result in pool.map(lambda _: index.search(queries, 5), range(20)):
             assert_same_result(result, expected)

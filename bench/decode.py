@@ -1,0 +1,195 @@
+"""Milliseconds a token of decoding with long contexts, for each system, against the byte floor.
+
+    python bench/decode.py --contexts 32K,128K,512K --plot docs/assets/decode.svg
+    python bench/decode.py --device cpu --shape tiny --contexts 1K,2K --json /tmp/decode.json
+
+A context is filled without running a prompt. The floor of a step is the bytes that it must read
+from device memory over the bandwidth of a large copy inside the device, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_baselines import dynamic_cache, full_attention, offloaded_cache
+from decode_model import SHAPES, copy_bandwidth, decoder_config, random_decoder, step_bytes
+from decode_result import Result
+from machine import machine_record
+from transformers import LlamaForCausalLM
+
+System = Callable[[argparse.Namespace, LlamaForCausalLM, int, int], Result]
+
+SYSTEMS: dict[str, System] = {
+    "full": full_attention,
+    "dynamic": dynamic_cache,
+    "offloaded": offloaded_cache,
+}
+LABELS = {
+    "full": "full attention, all in device memory, one graph",
+    "dynamic": "transformers DynamicCache, eager",
+    "offloaded": "transformers offloaded cache",
+}
+UNITS = {"K": 1 << 10, "M": 1 << 20}
+
+
+def context_length(text: str) -> int:
+    """Tokens of "131072", "128K" or "1M"."""
+    text = text.strip().upper()
+    factor = UNITS.get(text[-1:], 1)
+    return int(text[:-1] if factor > 1 else text) * factor
+
+
+def context_name(tokens: int) -> str:
+    """The shortest of the forms that `context_length` reads."""
+    for unit, size in reversed(UNITS.items()):
+        if tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def run_system(name: str, args: argparse.Namespace, model: LlamaForCausalLM, tokens: int) -> Result:
+    """One system at one context; a result without times where memory runs out."""
+    try:
+        result = SYSTEMS[name](args, model, tokens, args.batch)
+    except torch.OutOfMemoryError as error:
+        notes = f"out of device memory: {str(error).splitlines()[0]}"
+        result = Result(name, tokens, args.batch, notes=notes)
+    release_memory()
+    return result
+
+
+def release_memory() -> None:
+    """Give unused device memory and pinned memory back, for the next system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        empty_host_cache = getattr(torch._C, "_host_emptyCache", None)
+        if empty_host_cache is not None:
+            empty_host_cache()
+
+
+def as_row(result: Result, bandwidth: float) -> dict[str, Any]:
+    """JSON-ready figures of a result, with its floor."""
+    floor = 1e3 * result.bytes_read / bandwidth if result.bytes_read else None
+    return asdict(result) | {"floor_ms": floor, "times_floor": result.times_floor(bandwidth)}
+
+
+HEADER = (
+    f"{'system':<12}{'context':>8}{'batch':>6}{'ms/token':>10}{'p10':>9}{'p99':>9}"
+    f"{'x floor':>9}{'device GiB':>12}{'host GiB':>10}  notes"
+)
+
+
+def table_line(row: dict[str, Any]) -> str:
+    """A row of the table; ms a token is that of a step, which makes one token a sequence."""
+    head = f"{row['name']:<12}{context_name(row['tokens']):>8}{row['batch']:>6}"
+    if row["ms_median"] is None:
+        return f"{head}{'–':>10}{'–':>9}{'–':>9}{'–':>9}{'–':>12}{'–':>10}  {row['notes']}"
+    times = f"{row['ms_median']:>10.2f}{row['ms_p10']:>9.2f}{row['ms_p99']:>9.2f}"
+    floor = "–" if row["times_floor"] is None else f"{row['times_floor']:.2f}"
+    memory = f"{row['device_bytes'] / 2**30:>12.2f}{row['host_bytes'] / 2**30:>10.2f}"
+    return f"{head}{times}{floor:>9}{memory}  {row['notes']}"
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """Milliseconds a token over context length, a line for each system and one for the floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "wavekv", "svg.fonttype": "none"})
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    figure, axis = plt.subplots(figsize=(7, 4.6))
+    measured = [row for row in record["rows"] if row["ms_median"] is not None]
+    for name in dict.fromkeys(row["name"] for row in measured):
+        rows = sorted((r for r in measured if r["name"] == name), key=lambda row: row["tokens"])
+        tokens, middle = ([row[key] for row in rows] for key in ("tokens", "ms_median"))
+        axis.plot(tokens, middle, "o-", ms=4, label=LABELS.get(name, name))
+    floors = sorted(record["full_floor_ms"].items(), key=lambda item: int(item[0]))
+    tokens = [int(tokens) for tokens, _ in floors]
+    axis.plot(tokens, [ms for _, ms in floors], "k:", label="bytes of full attention, read once")
+    axis.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms a token")
+    axis.set_xticks(tokens)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: context_name(round(x))))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.grid(True, which="both", alpha=0.25)
+    axis.legend(frameon=False, fontsize="small")
+    axis.set_title(f"{record['shape']}, batch {record['batch']}, {record['machine']['gpu']}")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def parse() -> argparse.Namespace:
+    on_cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contexts", default="32K,128K", help="lengths such as 32K,128K,1M")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--layers", type=int, help="default: those of the shape")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b" if on_cuda else "tiny")
+    parser.add_argument("--which", default=",".join(SYSTEMS), help="systems, in this order")
+    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=50, help="fewer where a step is slow")
+    parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=Path("bench/results/decode.json"))
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    args.which = [name.strip() for name in args.which.split(",")]
+    args.contexts = [context_length(text) for text in args.contexts.split(",")]
+    unknown = [name for name in args.which if name not in SYSTEMS]
+    if unknown:
+        parser.error(f"unknown systems {unknown}; there are {list(SYSTEMS)}")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    on_cuda = torch.device(args.device).type == "cuda"
+    began = time.time()
+    bandwidth = copy_bandwidth(args.device, 1 << 31 if on_cuda else 1 << 28)
+    release_memory()
+    dtype = torch.bfloat16 if on_cuda else torch.float32
+    config = decoder_config(args.shape, args.layers)
+    model = random_decoder(config, args.device, dtype, args.seed)
+    record: dict[str, Any] = {
+        "machine": machine_record(),
+        "shape": args.shape,
+        "layers": config.num_hidden_layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": args.device,
+        "batch": args.batch,
+        "copy_gb_per_s": bandwidth / 1e9,
+        "full_floor_ms": {
+            str(tokens): 1e3 * step_bytes(model, tokens, args.batch) / bandwidth
+            for tokens in args.contexts
+        },
+        "rows": [],
+    }
+    print(f"device copy, read + write: {bandwidth / 1e9:.0f} GB/s\n{HEADER}", flush=True)
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    for tokens in args.contexts:
+        for name in args.which:
+            row = as_row(run_system(name, args, model, tokens), bandwidth)
+            print(table_line(row), flush=True)
+            record["rows"].append(row)
+            record["seconds"] = round(time.time() - began)
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    if args.plot:
+        plot(record, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The kernels of a decode step in Triton, beside their torch twins in `wavekv.kernels.step_reference`.
+
+Importing this needs triton.
+"""
+
+from wavekv.kernels.cuda.attend import attend, merge
+from wavekv.kernels.cuda.estimate import estimate, value_slope
+from wavekv.kernels.cuda.rank import rank_pages
+from wavekv.kernels.cuda.refine import refine
+from wavekv.kernels.cuda.resolve import resolve
+from wavekv.kernels.cuda.score import score
+from wavekv.kernels.cuda.select import select
+from wavekv.kernels.cuda.transfer import fetch, store
+
+__all__ = [
+    "attend",
+    "estimate",
+    "fetch",
+    "merge",
+    "rank_pages",
+    "refine",
+    "resolve",
+    "score",
+    "select",
+    "store",
+    "value_slope",
+]

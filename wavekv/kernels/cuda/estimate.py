@@ -1,0 +1,185 @@
+"""The pages that are not attended to, through their statistics: see `wavekv.kernels.estimate`."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wavekv.kernels.cuda.launch import launch, power_of_two
+from wavekv.kernels.reference import VALUE_RIDGE
+from wavekv.kernels.step import StepPages, StepScratch, StepShape
+
+_TILE = 64
+_SLOPE_ROWS = 32
+
+
+@triton.jit
+def _value_slope(
+    query,
+    counters,
+    scatter,
+    slope,
+    spans,
+    SPAN_PAGES: tl.constexpr,
+    scale,
+    ridge,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPANS: tl.constexpr,
+):
+    span, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if span * SPAN_PAGES < tl.load(counters + 2):
+        d = tl.arange(0, DP)
+        keys = scatter + (row * spans + span) * (2 * D * D)
+        for head in tl.static_range(G):
+            at = (row * G + head) * D
+            q = tl.load(query + at + d, mask=d < D, other=0.0).to(tl.float32) * scale
+            # q^T K q, and the ridge's sum of q_d^2 K_dd
+            spread = 0.0
+            for start in tl.static_range(0, DP, ROWS):
+                r = start + tl.arange(0, ROWS)
+                inside = (r < D)[:, None] & (d < D)[None, :]
+                block = tl.load(keys + r[:, None] * D + d[None, :], mask=inside, other=0.0)
+                qr = tl.load(query + at + r, mask=r < D, other=0.0).to(tl.float32) * scale
+                spread += tl.sum(tl.sum(block * q[None, :], 1) * qr, 0)
+            spread = tl.maximum(spread, 0.0)
+            diagonal = tl.load(keys + d * (D + 1), mask=d < D, other=0.0)
+            spread += ridge * tl.sum(diagonal * q * q, 0)
+            spread = tl.maximum(spread, 1.1754943508222875e-38)
+            for start in tl.static_range(0, DP, ROWS):
+                r = start + tl.arange(0, ROWS)
+                inside = (r < D)[:, None] & (d < D)[None, :]
+                block = tl.load(keys + D * D + r[:, None] * D + d[None, :], mask=inside, other=0.0)
+                part = tl.sum(block * q[None, :], 1) / spread
+                to = ((row * G + head) * SPANS + span) * D
+                tl.store(slope + to + r, part, mask=r < D)
+
+
+def value_slope(
+    query: Tensor, pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape
+) -> None:
+    """How values go with logits in each span, into `scratch.slope`: see `wavekv.kernels.value_slope`."""
+    spans = scratch.slope.shape[2]
+    dim = power_of_two(shape.head_dim)
+    options: dict[str, Any] = dict(
+        SPAN_PAGES=shape.span_pages,
+        G=shape.group,
+        D=shape.head_dim,
+        DP=dim,
+        ROWS=min(_SLOPE_ROWS, dim),
+        SPANS=spans,
+        num_warps=8,
+    )
+    launch(
+        _value_slope,
+        (spans, shape.rows),
+        *(query, counters, pages.scatter, scratch.slope, pages.scatter.shape[2]),
+        scale=shape.scale,
+        ridge=VALUE_RIDGE,
+        **options,
+    )
+
+
+@triton.jit
+def _estimate(
+    counters,
+    log_mass,
+    shift,
+    value_mean,
+    attended,
+    slope,
+    part_out,
+    part_lse,
+    N,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    FIRST: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPANS: tl.constexpr,
+    SPAN_PAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    USE_SLOPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_pages = tl.load(counters + 2)
+    if block * BLOCK < num_pages:
+        g, d = tl.arange(0, GP), tl.arange(0, DP)
+        is_head, is_dim = g < G, d < D
+        largest = tl.full([GP], float("-inf"), tl.float32)
+        total = tl.zeros([GP], tl.float32)
+        lean = tl.zeros([GP], tl.float32)
+        out = tl.zeros([GP, DP], tl.float32)
+        for start in range(0, BLOCK, TILE):
+            n = block * BLOCK + start + tl.arange(0, TILE)
+            is_page = (n < num_pages) & (n < (block + 1) * BLOCK)
+            is_read = tl.load(attended + row * N + n, mask=is_page, other=1)
+            at = (row * G + g)[:, None] * N + n[None, :]
+            keep = is_head[:, None] & (is_page & (is_read == 0))[None, :]
+            mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
+            means = tl.load(
+                value_mean + (row * N + n)[:, None] * D + d[None, :],
+                mask=is_page[:, None] & is_dim[None, :],
+                other=0.0,
+            )
+            # an empty page weighs nothing, whatever its mean holds
+            means = tl.where((tl.max(mass, 0) > float("-inf"))[:, None], means, 0.0)
+            new = tl.maximum(largest, tl.max(mass, 1))
+            safe = tl.where(new == float("-inf"), 0.0, new)
+            fade = tl.exp(largest - safe)
+            weights = tl.exp(mass - safe[:, None])
+            total = total * fade + tl.sum(weights, 1)
+            out = out * fade[:, None]
+            out += tl.dot(weights.to(means.dtype), means, input_precision=PRECISION)
+            if USE_SLOPE:
+                leans = tl.load(shift + at, mask=keep, other=0.0)
+                lean = lean * fade + tl.sum(weights * leans, 1)
+            largest = new
+        if USE_SLOPE:
+            span = (block * BLOCK) // SPAN_PAGES
+            inside = is_head[:, None] & is_dim[None, :]
+            at = ((row * G + g) * SPANS + span)[:, None] * D + d[None, :]
+            out += lean[:, None] * tl.load(slope + at, mask=inside, other=0.0)
+        out = out / tl.maximum(total, 1e-30)[:, None]
+        lse = tl.where(total > 0.0, largest + tl.log(tl.maximum(total, 1e-30)), float("-inf"))
+        to = (row * G + g) * PARTS + FIRST + block
+        tl.store(part_lse + to, lse, mask=is_head)
+        tl.store(
+            part_out + to[:, None] * D + d[None, :],
+            out,
+            mask=is_head[:, None] & is_dim[None, :],
+        )
+
+
+def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape) -> None:
+    """The states of all pages but the attended ones, as parts of `scratch.part_out`."""
+    is_float32 = pages.value_mean.dtype == torch.float32
+    options: dict[str, Any] = dict(
+        G=shape.group,
+        GP=max(16, power_of_two(shape.group)),
+        D=shape.head_dim,
+        DP=max(16, power_of_two(shape.head_dim)),
+        FIRST=shape.attend_parts,
+        PARTS=scratch.part_lse.shape[2],
+        SPANS=scratch.slope.shape[2],
+        SPAN_PAGES=shape.span_pages,
+        BLOCK=shape.estimate_block,
+        TILE=min(max(16, shape.estimate_block), _TILE),
+        USE_SLOPE=shape.tail == "second",
+        PRECISION="ieee" if is_float32 else "tf32",
+        num_warps=4,
+    )
+    launch(
+        _estimate,
+        (shape.estimate_parts, shape.rows),
+        *(counters, scratch.log_mass, scratch.shift, pages.value_mean, scratch.attended),
+        *(scratch.slope, scratch.part_out, scratch.part_lse, shape.capacity),
+        **options,
+    )

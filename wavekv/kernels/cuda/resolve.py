@@ -1,0 +1,135 @@
+"""From pages to slots of the pool: hits, misses, and whom the misses displace."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wavekv.kernels.cuda.launch import launch, power_of_two
+from wavekv.kernels.step import StepPages, StepPool, StepScratch, StepShape, StepTotals
+
+_AGE_BITS = 16
+_PROBE_BITS = 4
+
+
+@triton.jit
+def _resolve(
+    counters,
+    chosen,
+    counts,
+    arena_ids,
+    table,
+    owner,
+    age,
+    slots,
+    tokens,
+    attended,
+    victims,
+    wanted,
+    num_misses,
+    paging,
+    N,
+    M,
+    S,
+    X,
+    MP: tl.constexpr,
+    SP: tl.constexpr,
+    AGE_BITS: tl.constexpr,
+    PROBE_BITS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    now = tl.load(counters + 3)
+    j, s = tl.arange(0, MP), tl.arange(0, SP)
+    page = tl.load(chosen + row * M + j, mask=j < M, other=-1)
+    is_page = page >= 0
+    slot = tl.load(table + row * N + page, mask=is_page, other=-1)
+    is_hit = slot >= 0
+    tl.store(age + row * S + slot, now, mask=is_hit)
+    is_miss = is_page & (slot < 0)
+    order = tl.cumsum(is_miss.to(tl.int32), 0) - 1
+    # victims by age, never a slot of this step
+    tl.debug_barrier()
+    used = tl.load(age + row * S + s, mask=s < S, other=now, cache_modifier=".cg")
+    is_free = (s < S) & (used != now)
+    rest = tl.minimum(now - used, (1 << AGE_BITS) - 1)
+    taken = tl.minimum(tl.sum(is_miss.to(tl.int32), 0), X)
+    taken = tl.minimum(taken, tl.sum(is_free.to(tl.int32), 0))
+    # the youngest age taken: the largest `low` that leaves enough at or above it
+    PROBES: tl.constexpr = 1 << PROBE_BITS
+    probe = tl.arange(0, PROBES)
+    low = 0
+    width = 1 << AGE_BITS
+    for _ in tl.static_range(AGE_BITS // PROBE_BITS):
+        width = width // PROBES
+        at_least = is_free[:, None] & (rest[:, None] >= (low + probe * width)[None, :])
+        enough = tl.sum(at_least.to(tl.int32), 0) >= taken
+        low += tl.max(tl.where(enough, probe, 0), 0) * width
+    is_older = is_free & (rest > low)
+    num_older = tl.sum(is_older.to(tl.int32), 0)
+    is_tie = is_free & (rest == low)
+    tie = tl.cumsum(is_tie.to(tl.int32), 0) - 1
+    is_victim = is_older | (is_tie & (num_older + tie < taken))
+    at = tl.cumsum(is_victim.to(tl.int32), 0) - 1
+    tl.store(victims + row * X + at, s, mask=is_victim)
+    previous = tl.load(owner + row * S + s, mask=is_victim, other=-1)
+    tl.store(table + row * N + previous, tl.full([SP], -1, tl.int32), mask=previous >= 0)
+    tl.debug_barrier()
+    is_taken = is_miss & (order < taken)
+    filled = tl.load(victims + row * X + order, mask=is_taken, other=-1, cache_modifier=".cg")
+    tl.store(table + row * N + page, filled, mask=is_taken)
+    tl.store(owner + row * S + filled, page, mask=is_taken)
+    arena = tl.load(arena_ids + row * N + page, mask=is_taken, other=0)
+    tl.store(wanted + row * X + order, arena, mask=is_taken)
+    tl.store(num_misses + row, taken)
+    tl.store(age + row * S + filled, now, mask=is_taken)
+    if PREFETCH:
+        tl.store(paging + row * 5 + 4, tl.load(paging + row * 5 + 4) + taken)
+    else:
+        slot = tl.where(is_taken, filled, slot)
+        is_here = is_page & (slot >= 0)
+        count = tl.load(counts + row * N + page, mask=is_here, other=0)
+        tl.store(slots + row * M + j, tl.where(is_here, slot, -1), mask=j < M)
+        tl.store(tokens + row * M + j, count, mask=j < M)
+        tl.store(attended + row * N + page, tl.full([MP], 1, tl.int8), mask=is_here)
+        num_hits = tl.sum(is_hit.to(tl.int32), 0)
+        num_left = tl.sum(is_miss.to(tl.int32), 0) - taken
+        tl.store(paging + row * 5, tl.load(paging + row * 5) + num_hits)
+        tl.store(paging + row * 5 + 1, tl.load(paging + row * 5 + 1) + taken)
+        tl.store(paging + row * 5 + 2, tl.load(paging + row * 5 + 2) + num_left)
+        tl.store(paging + row * 5 + 3, tl.load(paging + row * 5 + 3) + tl.sum(count, 0))
+
+
+def resolve(
+    pages: StepPages,
+    pool: StepPool,
+    counters: Tensor,
+    scratch: StepScratch,
+    totals: StepTotals,
+    shape: StepShape,
+    *,
+    is_prefetch: bool = False,
+) -> None:
+    """Find the slot of each chosen page. Misses take the slots that were used least recently, never one
+    of this step; `fetch` fills them. Misses beyond `shape.misses` are left to the estimate.
+
+    A prefetch makes its pages resident and counts as a use, but nothing is attended to."""
+    options: dict[str, Any] = dict(
+        MP=power_of_two(shape.most),
+        SP=power_of_two(shape.slots),
+        AGE_BITS=_AGE_BITS,
+        PROBE_BITS=_PROBE_BITS,
+        PREFETCH=is_prefetch,
+        num_warps=8,
+    )
+    launch(
+        _resolve,
+        (shape.rows,),
+        *(counters, scratch.chosen, pages.counts, pages.arena_ids),
+        *(pool.table, pool.owner, pool.age),
+        *(scratch.slots, scratch.tokens, scratch.attended),
+        *(scratch.victims, scratch.wanted, scratch.num_misses, totals.paging),
+        *(shape.capacity, shape.most, shape.slots, shape.misses),
+        **options,
+    )

@@ -1,0 +1,145 @@
+"""The query against the mean key of every page."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wavekv.kernels.cuda.launch import launch, power_of_two
+from wavekv.kernels.cuda.moments import moments, softmax_sum
+from wavekv.kernels.step import NUM_BINS, SCORE_BLOCK, StepPages, StepScratch, StepShape, StepSteady
+
+
+@triton.jit
+def _score(
+    query,
+    new_keys,
+    new_values,
+    new_valid,
+    counters,
+    counts,
+    mean,
+    variance,
+    steady_keys,
+    steady_values,
+    steady_valid,
+    mean_logits,
+    query_square,
+    block_max,
+    block_sum,
+    histogram,
+    arrived,
+    N,
+    scale,
+    softcap,
+    SINKS: tl.constexpr,
+    RING: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATS_STRIDE: tl.constexpr,
+    USE_VARIANCE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    APPEND: tl.constexpr,
+):
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    g, d = tl.arange(0, GP), tl.arange(0, DP)
+    is_head = g < G
+    q = tl.load(
+        query + (row * G + g)[:, None] * D + d[None, :],
+        mask=is_head[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    qf = q.to(tl.float32) * scale
+    square = tl.sum(qf * qf, 1)
+    num_pages = tl.load(counters + 2)
+    if block == 0:
+        # the first block of each row also does what has to be done once
+        tl.store(query_square + row * G + g, square, mask=is_head)
+        bins = tl.arange(0, BINS)
+        for part in tl.static_range(2):
+            tl.store(histogram + (part * ROWS + row) * BINS + bins, tl.zeros([BINS], tl.int32))
+            tl.store(arrived + part * ROWS + row, 0)
+        if APPEND:
+            end = tl.load(counters)
+            slot = row * (SINKS + RING) + SINKS + end % RING
+            key = tl.load(new_keys + row * D + d, mask=d < D, other=0.0)
+            value = tl.load(new_values + row * D + d, mask=d < D, other=0.0)
+            tl.store(steady_keys + slot * D + d, key, mask=d < D)
+            tl.store(steady_values + slot * D + d, value, mask=d < D)
+            if row % H == 0:
+                is_valid = tl.load(new_valid + row // H)
+                tl.store(steady_valid + (row // H) * (SINKS + RING) + SINKS + end % RING, is_valid)
+    if block * BLOCK < num_pages:
+        n = block * BLOCK + tl.arange(0, BLOCK)
+        is_page = n < num_pages
+        means = tl.load(
+            mean + (row * N + n)[:, None] * D + d[None, :],
+            mask=is_page[:, None] & (d < D)[None, :],
+            other=0.0,
+        )
+        x = tl.dot(q.to(means.dtype), tl.trans(means), input_precision=PRECISION) * scale
+        out = (row * G + g)[:, None] * N + n[None, :]
+        keep = is_head[:, None] & is_page[None, :]
+        tl.store(mean_logits + out, x, mask=keep)
+        count = tl.load(counts + row * N + n, mask=is_page, other=0)
+        spread = tl.load(variance + row * N + n, mask=is_page, other=0.0)
+        log_mass, shift = moments(x, square, spread, count, softcap, USE_VARIANCE, SOFTCAP)
+        largest, total = softmax_sum(tl.where(is_page[None, :], log_mass + shift, float("-inf")))
+        at = (row * G + g) * STATS_STRIDE + block
+        tl.store(block_max + at, largest, mask=is_head)
+        tl.store(block_sum + at, total, mask=is_head)
+
+
+def score(
+    query: Tensor,
+    new_keys: Tensor | None,
+    new_values: Tensor | None,
+    new_valid: Tensor | None,
+    steady: StepSteady,
+    pages: StepPages,
+    counters: Tensor,
+    scratch: StepScratch,
+    shape: StepShape,
+) -> None:
+    """Logits of all page means, with the softmax statistics of log mass + shift; put the new token
+    (if there is one) into the ring. query: [B, Hq, D]; new_keys, new_values: [B, Hkv, D];
+    new_valid: [B] bool."""
+    is_float32 = pages.mean.dtype == torch.float32
+    options: dict[str, Any] = dict(
+        SINKS=shape.sinks,
+        RING=shape.ring,
+        H=shape.kv_heads,
+        G=shape.group,
+        GP=max(16, power_of_two(shape.group)),
+        D=shape.head_dim,
+        DP=max(16, power_of_two(shape.head_dim)),
+        ROWS=shape.rows,
+        BINS=NUM_BINS,
+        BLOCK=SCORE_BLOCK,
+        STATS_STRIDE=scratch.block_max.shape[2],
+        USE_VARIANCE=shape.tail == "second",
+        SOFTCAP=shape.softcap is not None,
+        PRECISION="ieee" if is_float32 else "tf32",
+        APPEND=new_keys is not None,
+        num_warps=4,
+    )
+    launch(
+        _score,
+        (triton.cdiv(shape.capacity, SCORE_BLOCK), shape.rows),
+        *(query, new_keys, new_values, new_valid, counters),
+        *(pages.counts, pages.mean, pages.variance),
+        *(steady.keys, steady.values, steady.valid),
+        *(scratch.mean_logits, scratch.query_square, scratch.block_max, scratch.block_sum),
+        *(scratch.histogram, scratch.arrived),
+        *(shape.capacity, shape.scale, shape.softcap or 1.0),
+        **options,
+    )

@@ -1,0 +1,196 @@
+"""The pages that each KV head attends to exactly: the best by rank, without a sort of all.
+
+Ranks above the threshold of the histogram are collected in the order of their pages; they are hardly
+more than the pages wanted. Among these the last rank to take is found by bisection of its bits.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from wavekv.kernels.cuda.launch import launch, power_of_two
+from wavekv.kernels.step import BIN_SHIFT, COUNT_BLOCK, LEAST, MOST, StepScratch, StepShape
+
+_PROBE_BITS = 4
+_LIST_BLOCK = 2048
+_INFINITY_BITS = 0x7F800000
+
+
+@triton.jit
+def _count(counters, rank, threshold, block_count, attended, N, BLOCK: tl.constexpr):
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_pages = tl.load(counters + 2)
+    if block * BLOCK < num_pages:
+        n = block * BLOCK + tl.arange(0, BLOCK)
+        bits = tl.load(rank + row * N + n, mask=n < num_pages, other=-1)
+        reaches = bits >= tl.load(threshold + row)
+        tl.store(block_count + row * tl.cdiv(N, BLOCK) + block, tl.sum(reaches.to(tl.int32), 0))
+        tl.store(attended + row * N + n, tl.zeros([BLOCK], tl.int8), mask=n < num_pages)
+
+
+@triton.jit
+def _collect(
+    counters,
+    rank,
+    threshold,
+    block_count,
+    listed,
+    listed_rank,
+    N,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_pages = tl.load(counters + 2)
+    if block * BLOCK < num_pages:
+        b = tl.arange(0, BLOCKS)
+        earlier = tl.load(block_count + row * tl.cdiv(N, BLOCK) + b, mask=b < block, other=0)
+        n = block * BLOCK + tl.arange(0, BLOCK)
+        bits = tl.load(rank + row * N + n, mask=n < num_pages, other=-1)
+        reaches = bits >= tl.load(threshold + row)
+        at = row * N + tl.sum(earlier, 0) + tl.cumsum(reaches.to(tl.int32), 0) - 1
+        tl.store(listed + at, n, mask=reaches)
+        tl.store(listed_rank + at, bits, mask=reaches)
+
+
+@triton.jit
+def _pick(
+    counters,
+    limits,
+    threshold,
+    block_count,
+    listed,
+    listed_rank,
+    chosen,
+    N,
+    M,
+    wanted_mass,
+    LEAST_LIMIT: tl.constexpr,
+    MOST_LIMIT: tl.constexpr,
+    TOP_P: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROBES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    PAD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    num_pages = tl.load(counters + 2)
+    least, most = tl.load(limits + LEAST_LIMIT), tl.load(limits + MOST_LIMIT)
+    b = tl.arange(0, BLOCKS)
+    is_block = b * COUNT < num_pages
+    counted = tl.load(block_count + row * tl.cdiv(N, COUNT) + b, mask=is_block, other=0)
+    num_listed = tl.sum(counted, 0)
+    i, j = tl.arange(0, BLOCK), tl.arange(0, PROBES)
+    # the last rank taken lies in [low, low + width): ranks above it are few enough, or light enough
+    low = tl.load(threshold + row).to(tl.int64)
+    width = WIDTH
+    for _ in range(ROUNDS):
+        width = width // PROBES
+        probe = low + (j + 1) * width - 1
+        above = tl.zeros([PROBES], tl.int32)
+        mass = tl.zeros([PROBES], tl.float32)
+        start = 0
+        while start < num_listed:
+            is_held = start + i < num_listed
+            bits = tl.load(listed_rank + row * N + start + i, mask=is_held, other=-1)
+            is_above = bits[:, None] > probe[None, :]
+            above += tl.sum(is_above.to(tl.int32), 0)
+            if TOP_P:
+                share = bits.to(tl.float32, bitcast=True)
+                mass += tl.sum(tl.where(is_above, share[:, None], 0.0), 0)
+            start += BLOCK
+        is_far = above < most
+        if TOP_P:
+            is_far = is_far & ((mass < wanted_mass) | (above < least))
+        # of the probes that are far enough the first; the last one always is
+        first = tl.min(tl.where(is_far, j, PROBES - 1), 0)
+        low = low + first * width
+    last = low.to(tl.int32)
+    above = 0
+    mass = 0.0
+    start = 0
+    while start < num_listed:
+        is_held = start + i < num_listed
+        bits = tl.load(listed_rank + row * N + start + i, mask=is_held, other=-1)
+        above += tl.sum((bits > last).to(tl.int32), 0)
+        if TOP_P:
+            share = bits.to(tl.float32, bitcast=True)
+            mass += tl.sum(tl.where(bits > last, share, 0.0), 0)
+        start += BLOCK
+    num_chosen = 0
+    num_ties = 0
+    start = 0
+    while start < num_listed:
+        is_held = start + i < num_listed
+        bits = tl.load(listed_rank + row * N + start + i, mask=is_held, other=-1)
+        page = tl.load(listed + row * N + start + i, mask=is_held, other=-1)
+        # of equal ranks the lower page goes first
+        is_tie = is_held & (bits == last)
+        before = num_ties + tl.cumsum(is_tie.to(tl.int32), 0) - 1
+        is_taken = is_tie & (above + before < most)
+        if TOP_P:
+            share = last.to(tl.float32, bitcast=True)
+            is_light = mass + before.to(tl.float32) * share < wanted_mass
+            is_taken = is_taken & (is_light | (above + before < least))
+        is_taken = is_taken | (is_held & (bits > last))
+        at = num_chosen + tl.cumsum(is_taken.to(tl.int32), 0) - 1
+        tl.store(chosen + row * M + at, page, mask=is_taken)
+        num_chosen += tl.sum(is_taken.to(tl.int32), 0)
+        num_ties += tl.sum(is_tie.to(tl.int32), 0)
+        start += BLOCK
+    spare = tl.arange(0, PAD)
+    tl.store(
+        chosen + row * M + spare,
+        tl.full([PAD], -1, tl.int32),
+        mask=(spare >= num_chosen) & (spare < M),
+    )
+
+
+def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepShape) -> None:
+    """Choose pages by the final ranks into `scratch.chosen`, ascending, then -1."""
+    N, rows = shape.capacity, shape.rows
+    blocks = triton.cdiv(N, COUNT_BLOCK)
+    final = scratch.threshold[1]
+    # with top_p the last rank taken may be anywhere above the threshold
+    bits = BIN_SHIFT if shape.top_p is None else 31
+    rounds = -(-bits // _PROBE_BITS)
+    options: dict[str, Any] = dict(BLOCK=COUNT_BLOCK, num_warps=4)
+    launch(
+        _count,
+        (blocks, rows),
+        *(counters, scratch.rank, final, scratch.block_count, scratch.attended, N),
+        **options,
+    )
+    launch(
+        _collect,
+        (blocks, rows),
+        *(counters, scratch.rank, final, scratch.block_count),
+        *(scratch.listed, scratch.listed_rank, N),
+        BLOCKS=power_of_two(blocks),
+        **options,
+    )
+    options = dict(
+        LEAST_LIMIT=LEAST,
+        MOST_LIMIT=MOST,
+        TOP_P=shape.top_p is not None,
+        BLOCKS=power_of_two(blocks),
+        COUNT=COUNT_BLOCK,
+        BLOCK=min(_LIST_BLOCK, power_of_two(N)),
+        PROBES=1 << _PROBE_BITS,
+        WIDTH=1 << (rounds * _PROBE_BITS),
+        ROUNDS=rounds,
+        PAD=power_of_two(shape.most),
+        num_warps=8,
+    )
+    launch(
+        _pick,
+        (rows,),
+        *(counters, limits, final, scratch.block_count, scratch.listed, scratch.listed_rank),
+        *(scratch.chosen, N, shape.most, (shape.top_p or 1.0) * shape.group),
+        **options,
+    )

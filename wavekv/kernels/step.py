@@ -1,0 +1,274 @@
+"""The tensors of a decode step on a device: fixed shapes at fixed addresses, so that one CUDA graph
+can hold the step while the context grows. What changes from step to step is read on the device.
+
+Letters as in `wavekv.kernels.reference`; besides N pages of capacity, S slots of the page pool and M
+pages that a step may choose, for each KV head; A sink tokens, and L local tokens in a ring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+END, START, PAGES, CLOCK = range(4)
+"""Places in `counters`: the position of the new token, the position of the oldest local token, the
+pages in use, and the number of the step."""
+
+LEAST, MOST, CANDIDATES = range(3)
+"""Places in `limits`: the least and most pages that a KV head chooses, and how many of them are ranked
+again by codes (0: none)."""
+
+NUM_BINS = 2048
+BIN_SHIFT = 17
+"""Ranks are binned by the upper bits of their float32: 64 bins for each power of two, 32 powers."""
+
+SCORE_BLOCK = 128
+REFINE_BLOCK = 64
+"""Pages whose softmax statistics are summed up together, by moments and after codes."""
+COUNT_BLOCK = 1024
+"""Pages that are counted, and later written, together when the chosen ones are collected."""
+ATTEND_PAGES = 16
+ATTEND_TOKENS = 64
+"""Pages, or tokens of the steady zone, in one part of the split attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What is fixed for a captured step."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    capacity: int
+    """N, pages of a KV head that the buffers hold."""
+    most: int
+    """M, the largest value that `limits[MOST]` takes."""
+    slots: int
+    """S, slots of the pool for each KV head; at least M."""
+    misses: int
+    """Pages that a KV head may bring from the host in a step. What is left out is estimated."""
+    sinks: int
+    ring: int
+    """Slots of local tokens; a token at position p is in slot p % ring."""
+    span_pages: int
+    scale: float
+    softcap: float | None = None
+    top_p: float | None = None
+    tail: str = "second"
+
+    @property
+    def rows(self) -> int:
+        """B * Hkv."""
+        return self.batch * self.kv_heads
+
+    @property
+    def estimate_block(self) -> int:
+        """Pages whose estimate is one part: inside one span."""
+        return min(256, self.span_pages & -self.span_pages)
+
+    @property
+    def attend_parts(self) -> int:
+        """Parts of the exact attention: of chosen pages, then of the steady zone."""
+        return self.page_parts + -(-(self.sinks + self.ring) // ATTEND_TOKENS)
+
+    @property
+    def page_parts(self) -> int:
+        """Parts of the exact attention to chosen pages."""
+        return -(-self.most // ATTEND_PAGES)
+
+    @property
+    def estimate_parts(self) -> int:
+        """Parts of the estimate."""
+        return -(-self.capacity // self.estimate_block)
+
+
+class StepPages(NamedTuple):
+    """What the device holds of all pages of a layer; the first `counters[PAGES]` of N are in use."""
+
+    counts: Tensor
+    """[B, Hkv, N] int32"""
+    mean: Tensor
+    """[B, Hkv, N, D]"""
+    variance: Tensor
+    """[B, Hkv, N] float32"""
+    value_mean: Tensor
+    """[B, Hkv, N, D]"""
+    codes: Tensor
+    """[B, Hkv, N, W / 8, P, 4] uint8"""
+    code_scale: Tensor
+    """[B, Hkv, N, P] uint8"""
+    page_scale: Tensor
+    """[B, Hkv, N] float32"""
+    scatter: Tensor
+    """[B, Hkv, spans, 2, D, D] float32"""
+    arena_ids: Tensor
+    """[B, Hkv, N] int64: where the host arena holds each page."""
+
+
+class StepPool(NamedTuple):
+    """The pages of a layer that the device holds whole."""
+
+    pages: Tensor
+    """[B, Hkv, S, 2, P, D]"""
+    table: Tensor
+    """[B, Hkv, N] int32: the slot of each page, -1 for none."""
+    owner: Tensor
+    """[B, Hkv, S] int32: the page in each slot, -1 for none."""
+    age: Tensor
+    """[B, Hkv, S] int32: the step that used the slot last, -1 for none."""
+
+
+class StepSteady(NamedTuple):
+    """The steady zone of a layer: A sinks, then the ring of local tokens."""
+
+    keys: Tensor
+    """[B, Hkv, A + L, D]"""
+    values: Tensor
+    """[B, Hkv, A + L, D]"""
+    valid: Tensor
+    """[B, A + L] bool"""
+
+
+class StepArena(NamedTuple):
+    """The host arena as a device sees it."""
+
+    chunks: Tensor
+    """[num chunks] int64 addresses of pinned memory, on the device."""
+    pages_per_chunk: int
+    memory: list[Tensor]
+    """The chunks themselves, on the host."""
+
+
+class StepScratch(NamedTuple):
+    """Working memory, shared by all layers; nothing in it outlives a layer's step."""
+
+    mean_logits: Tensor
+    """[B, Hq, N] float32 logit of each page's mean key, before a soft cap."""
+    query_square: Tensor
+    """[B, Hq] float32"""
+    log_mass: Tensor
+    """[B, Hq, N] float32"""
+    shift: Tensor
+    """[B, Hq, N] float32"""
+    block_max: Tensor
+    """[B, Hq, N / REFINE_BLOCK] float32, with the next the softmax statistics of each block."""
+    block_sum: Tensor
+    rank: Tensor
+    """[B, Hkv, N] int32: the bits of the float32 rank; -1 for empty pages."""
+    histogram: Tensor
+    """[2, B, Hkv, NUM_BINS] int32, of the ranks for candidates and of the final ones."""
+    arrived: Tensor
+    """[2, B, Hkv] int32 blocks that have added to the histogram."""
+    threshold: Tensor
+    """[2, B, Hkv] int32 the least rank of a bin that is wanted."""
+    block_count: Tensor
+    """[B, Hkv, N / COUNT_BLOCK] int32 ranks of each block that reach the threshold."""
+    listed: Tensor
+    """[B, Hkv, N] int32 their pages, ascending."""
+    listed_rank: Tensor
+    """[B, Hkv, N] int32 their ranks."""
+    chosen: Tensor
+    """[B, Hkv, M] int32 chosen pages, ascending, then -1."""
+    slots: Tensor
+    """[B, Hkv, M] int32 their slots; -1 for pages left to the estimate."""
+    tokens: Tensor
+    """[B, Hkv, M] int32 tokens in them."""
+    attended: Tensor
+    """[B, Hkv, N] uint8 pages that are attended to exactly."""
+    victims: Tensor
+    """[B, Hkv, misses] int32 slots to fill."""
+    wanted: Tensor
+    """[B, Hkv, misses] int64 arena pages to fill them with."""
+    num_misses: Tensor
+    """[B, Hkv] int32"""
+    part_out: Tensor
+    """[B, Hq, parts, D] float32: the states of attention parts, then of estimate parts."""
+    part_lse: Tensor
+    """[B, Hq, parts] float32"""
+    slope: Tensor
+    """[B, Hq, spans, D] float32"""
+    out: Tensor
+    """[B, Hq, D] float32"""
+
+
+class StepTotals(NamedTuple):
+    """Sums over the steps of a layer."""
+
+    paging: Tensor
+    """[B, Hkv, 5] int64: pages found in the pool, pages fetched, pages left to the estimate, tokens
+    retrieved, pages prefetched."""
+    tail_mass: Tensor
+    """[B, Hq] float32"""
+
+
+def empty_scratch(shape: StepShape, device: torch.device) -> StepScratch:
+    """Allocate the working memory of a step."""
+    B, H, G, D, N = shape.batch, shape.kv_heads, shape.group, shape.head_dim, shape.capacity
+    Hq, parts = H * G, shape.attend_parts + shape.estimate_parts
+    spans = -(-N // shape.span_pages)
+
+    def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(size, dtype=dtype, device=device)
+
+    def ints(*size: int) -> Tensor:
+        return new(*size, dtype=torch.int32)
+
+    return StepScratch(
+        mean_logits=new(B, Hq, N),
+        query_square=new(B, Hq),
+        log_mass=new(B, Hq, N),
+        shift=new(B, Hq, N),
+        block_max=new(B, Hq, -(-N // REFINE_BLOCK)),
+        block_sum=new(B, Hq, -(-N // REFINE_BLOCK)),
+        rank=ints(B, H, N),
+        histogram=ints(2, B, H, NUM_BINS),
+        arrived=ints(2, B, H),
+        threshold=ints(2, B, H),
+        block_count=ints(B, H, -(-N // COUNT_BLOCK)),
+        listed=ints(B, H, N),
+        listed_rank=ints(B, H, N),
+        chosen=ints(B, H, shape.most),
+        slots=ints(B, H, shape.most),
+        tokens=ints(B, H, shape.most),
+        attended=new(B, H, N, dtype=torch.uint8),
+        victims=ints(B, H, shape.misses),
+        wanted=new(B, H, shape.misses, dtype=torch.int64),
+        num_misses=ints(B, H),
+        part_out=new(B, Hq, parts, D),
+        part_lse=new(B, Hq, parts),
+        slope=new(B, Hq, spans, D),
+        out=new(B, Hq, D),
+    )
+
+
+def empty_pool(shape: StepShape, dtype: torch.dtype, device: torch.device) -> StepPool:
+    """Allocate a pool that holds no page."""
+    B, H, S = shape.batch, shape.kv_heads, shape.slots
+    empty = torch.full((B, H, S), -1, dtype=torch.int32, device=device)
+    return StepPool(
+        torch.zeros(B, H, S, 2, shape.page_size, shape.head_dim, dtype=dtype, device=device),
+        torch.full((B, H, shape.capacity), -1, dtype=torch.int32, device=device),
+        empty,
+        empty.clone(),
+    )
+
+
+def empty_totals(shape: StepShape, device: torch.device) -> StepTotals:
+    """Sums over no steps."""
+    B, H = shape.batch, shape.kv_heads
+    return StepTotals(
+        torch.zeros(B, H, 5, dtype=torch.int64, device=device),
+        torch.zeros(B, H * shape.group, dtype=torch.float32, device=device),
+    )
+
+
+def bin_base(group: int) -> int:
+    """The number of the lowest bin: the highest holds ranks up to 2 * group, and the lowest all that
+    are smaller than the others' range."""
+    top = torch.tensor(2.0 * group).view(torch.int32)
+    return (int(top) >> BIN_SHIFT) - (NUM_BINS - 1)

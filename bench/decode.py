@@ -125,7 +125,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.grid(True, which="both", alpha=0.25)
     axis.legend(frameon=False, fontsize="small")
-    axis.set_title(f"{record['shape']}, batch {record['batch']}, {record['machine']['gpu']}")
+    place = record["machine"]["gpu" if record["device"].startswith("cuda") else "cpu"]
+    axis.set_title(f"{record['shape']}, batch {record['batch']}, {place}")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

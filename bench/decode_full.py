@@ -19,6 +19,7 @@ BACKENDS = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
 )
+CPU_BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)
 IMPLEMENTATION = "whole_context"
 RESERVE = 3 << 30
 """Device memory kept free of keys and values: for temporaries and the workspaces of libraries."""
@@ -121,7 +122,7 @@ def backend_times(kv: list[tuple[Tensor, Tensor]], query_heads: int) -> dict[SDP
         keys.shape[0], query_heads, 1, keys.shape[3], device=keys.device, dtype=keys.dtype
     )
     times = {}
-    for backend in BACKENDS if keys.is_cuda else (SDPBackend.MATH,):
+    for backend in BACKENDS if keys.is_cuda else CPU_BACKENDS:
         try:
             captured = CapturedForward(attention_to_all(query, kv, backend))
         except RuntimeError as error:

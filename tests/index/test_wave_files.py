@@ -166,11 +166,14 @@ def test_a_header_that_does_not_fit_itself_is_refused(saved, tmp_path, change, m
         WaveIndex.load(tmp_path / "index", mmap=mmap)
 
 
-def test_a_newer_format_says_so(saved, tmp_path) -> None:
+@pytest.mark.parametrize("version", [1, 7])
+def test_another_format_says_so(saved, tmp_path, version: int) -> None:
     raw = bytearray(saved.read_bytes())
-    raw[8:12] = struct.pack("<I", 7)
+    raw[8:12] = struct.pack("<I", version)
     (tmp_path / "index").write_bytes(raw)
-    message = r"expected .*index in format version 1, got 7; a newer wavekv reads it"
+    message = (
+        rf"expected .*index in format version 2, got {version}; the wavekv that wrote it reads"
+    )
     for read in (WaveIndex.load, WaveIndex.describe):
         with pytest.raises(IndexFormatError, match=message):
             read(tmp_path / "index")

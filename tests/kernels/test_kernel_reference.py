@@ -40,7 +40,7 @@ def assert_state(state: tuple[Tensor, Tensor], b: int, head: int, expected) -> N
 @pytest.mark.parametrize("moments", [1, 2])
 def test_score(softcap: float | None, moments: int) -> None:
     query, mean = torch.randn(B, HKV * G, D), torch.randn(B, HKV, N, D)
-    variance = 3 * torch.rand(B, HKV, N, D)
+    variance = 3 * torch.rand(B, HKV, N)
     counts = torch.randint(0, 5, (B, HKV, N), dtype=torch.int32)
     spread = variance if moments == 2 else None
     log_mass, shift = reference.score(query, mean, spread, counts, scale=0.7, softcap=softcap)
@@ -53,7 +53,8 @@ def test_score(softcap: float | None, moments: int) -> None:
                 assert shift[b, h * G + g, n] == 0
                 continue
             raw = 0.7 * dot(query[b, h * G + g], mean[b, h, n])
-            s2 = 0.49 * dot(query[b, h * G + g] ** 2, variance[b, h, n]) * (moments == 2)
+            q = query[b, h * G + g]
+            s2 = 0.49 * dot(q, q) * float(variance[b, h, n]) * (moments == 2)
             rise = s2
             if softcap is not None:
                 bend_slope = 1 - math.tanh(raw / softcap) ** 2

@@ -114,7 +114,7 @@ def test_refine_finds_a_key_that_its_page_hides() -> None:
         pages = {"keys": torch.randn(1, 1, 512, 16, 64), "counts": counts}
         query = pages["keys"][0, 0, 77, 3][None, None] * 1.0
         mean = pages["keys"].mean(3)
-        variance = pages["keys"].var(3, unbiased=False)
+        variance = pages["keys"].var(3, unbiased=False).mean(-1)
         made = encode_keys(pages["keys"][0], mean[0], counts[0])
         log_mass, shift = score(query, mean, variance, counts, scale=0.25)
         found["means"] += 77 in select(log_mass, 1, max_pages=5)

@@ -27,8 +27,10 @@ def empty_pages(like: Tensor, page_size: int, *, has_values: bool) -> Parts:
         "ids": like.new_empty(H, 0, page_size, dtype=torch.int32),
     }
     if has_values:
-        # squares of float16 numbers may be none
-        parts |= {name: like.new_empty(H, 0, D, dtype=torch.float32) for name in STATISTICS}
+        shapes = (H, 0, D), (H, 0), (H, 0, D)
+        # float32 for keys of any type: a mean has more bits than they have
+        made = (like.new_empty(shape, dtype=torch.float32) for shape in shapes)
+        parts |= dict(zip(STATISTICS, made, strict=True))
     return parts
 
 

@@ -18,7 +18,7 @@ class PageSummary(NamedTuple):
     mean: Tensor
     """[B, Hkv, N, D] mean key."""
     variance: Tensor
-    """[B, Hkv, N, D] variance of the keys."""
+    """[B, Hkv, N] float32 variance of the keys, mean over the dimensions."""
     value_mean: Tensor
     """[B, Hkv, N, D] mean value."""
     codes: Tensor

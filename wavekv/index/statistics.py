@@ -13,7 +13,7 @@ class PageStatistics(NamedTuple):
     mean: Tensor
     """[R, N, D] mean key."""
     variance: Tensor
-    """[R, N, D] population variance of the keys, per dimension; never negative."""
+    """[R, N] float32 population variance of the keys, mean over the dimensions; never negative."""
     value_mean: Tensor
     """[R, N, D] mean value."""
 
@@ -32,16 +32,16 @@ def page_statistics(
         values: [R, N, P, D] any floating dtype.
         counts: [R, N] int32 or int64 valid tokens of each page, in [0, P]; values outside are
             clamped, since looking would wait for the device.
-        dtype: of the result.
+        dtype: of the means; the variance is float32, since float16 may not hold squares.
 
     Raises:
         ValueError: shapes that do not fit each other, or counts that are not integers.
     """
     _check(keys, values, counts)
     mean = _mean_over_page(keys, counts)
-    variance = _mean_over_page((keys.float() - mean.unsqueeze(2)).square(), counts)
+    variance = _mean_over_page((keys.float() - mean.unsqueeze(2)).square(), counts).mean(-1)
     value_mean = _mean_over_page(values, counts)
-    return PageStatistics(mean.to(dtype), variance.to(dtype), value_mean.to(dtype))
+    return PageStatistics(mean.to(dtype), variance, value_mean.to(dtype))
 
 
 def page_scatter(keys: Tensor, values: Tensor, counts: Tensor) -> Tensor:

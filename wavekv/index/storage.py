@@ -29,7 +29,7 @@ from wavekv.errors import IndexFormatError
 from wavekv.index.params import IndexParams
 from wavekv.index.state import Expected, IndexState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MAGIC = b"WAVEKVIX"
 _PREAMBLE = struct.Struct("<8sIQQI")
 _ALIGNMENT = 4096
@@ -133,7 +133,7 @@ def _read_header(file: BinaryIO, path: str | Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise IndexFormatError(
             f"expected {path} in format version {FORMAT_VERSION}, got {version}; "
-            "a newer wavekv reads it, or rebuild the index with this one"
+            "the wavekv that wrote it reads it, or rebuild the index with this one"
         )
     size = os.fstat(file.fileno()).st_size
     if offset + length != size:

@@ -36,8 +36,10 @@ def _score_pages(
 ) -> None:
     """log_mass, shift [G, n] of the n pages from `first` on of KV head (b, h)."""
     group, width = query.shape
-    squared = query * query
-    buffer = scratch.ctypes.data
+    squares = np.zeros(group, np.float32)
+    for g in range(group):
+        for d in range(width):
+            squares[g] += query[g, d] * query[g, d]
     last_count, log_count = np.int32(1), np.float32(0.0)
     for n in range(log_mass.shape[1]):
         count = carray(int32_at(offset(counts, b, h, first + n)), (1,))[0]
@@ -47,10 +49,10 @@ def _score_pages(
             continue
         if count != last_count:  # nearly all pages are full: one logarithm serves them all
             last_count, log_count = count, np.log(np.float32(count))
-        mu = row_at(offset(mean, b, h, first + n), mean[1], width, buffer)
-        var = mu
+        mu = row_at(offset(mean, b, h, first + n), mean[1], width, scratch.ctypes.data)
+        page_variance = np.float32(0.0)
         if variance[0] != 0:
-            var = row_at(offset(variance, b, h, first + n), variance[1], width, buffer + 4 * width)
+            page_variance = carray(float32_at(offset(variance, b, h, first + n)), (1,))[0]
         for g in range(group):
             q = query[g]
             x = np.float32(0.0)
@@ -63,10 +65,7 @@ def _score_pages(
                 bend = np.float32(1.0) - capped * capped
             page_shift = np.float32(0.0)
             if variance[0] != 0:
-                q = squared[g]
-                uncapped = np.float32(0.0)
-                for d in range(width):
-                    uncapped += q[d] * var[d]
+                uncapped = squares[g] * page_variance
                 spread = uncapped * bend * bend
                 page_shift = uncapped * bend
                 if spread <= np.float32(2.0) * log_count:
@@ -114,7 +113,7 @@ def score(
             variance,
             counts,
             softcap,
-            np.empty((2, width), np.float32),
+            np.empty(width, np.float32),
             masses[head, :, first:last],
             shifts[head, :, first:last],
         )

@@ -2,7 +2,7 @@
 
 The kernels know no configuration and keep no state. `wavekv.kernels.reference` defines the letters
 and the attention state. Queries and log masses may have any float dtype; pages, keys, values and
-statistics are float32, bfloat16 or float16; the maths is float32. Results carry no gradient. A
+their means are float32, bfloat16 or float16; the maths is float32. Results carry no gradient. A
 wrong shape, dtype or device is a ValueError that says what was expected and what came.
 """
 
@@ -31,22 +31,23 @@ def score(
     """Estimate each page's softmax mass from its statistics: log of the sum of exp(logit).
 
     A page of n keys has log mass log n + x + c. x is the logit of the mean key, soft-capped where
-    the model does so; c is the log of the mean of exp(logit - x). With s2 the variance of the
-    logits (by the delta method under a soft cap), Gaussian keys have c = s2 / 2. But n samples
-    cannot realise that mean once s2 > 2 log n: there the largest of them carries the sum and c =
-    sqrt(2 log n * s2) - log n, the freezing of the random energy model (Derrida, Phys. Rev. B 24,
-    2613, 1981). The branches meet with one slope, and a page of one key has c = 0. Without variance
-    c = 0, which is the estimate of RetroInfer (VLDB 19(5), section 4.2).
+    the model does so; c is the log of the mean of exp(logit - x). The variance of the logits is
+    s = |q|^2 * variance, q scaled, as if keys varied alike in all directions (by the delta method
+    under a soft cap). Gaussian keys have c = s / 2. But n samples cannot realise that mean once s >
+    2 log n: there the largest of them carries the sum and c = sqrt(2 log n * s) - log n, the
+    freezing of the random energy model (Derrida, Phys. Rev. B 24, 2613, 1981). The branches meet
+    with one slope, and a page of one key has c = 0. Without variance c = 0, which is the estimate
+    of RetroInfer (VLDB 19(5), section 4.2).
 
     The shift of a page is how far the mean logit of its keys rises when they are weighted by their
-    mass: s2 for Gaussian keys, sqrt(2 log n * s2) where c is frozen (the derivative of c by the
+    mass: s for Gaussian keys, sqrt(2 log n * s) where c is frozen (the derivative of c by the
     query's length), 0 without variance. Under a soft cap it is that of the logits before the cap:
     the above over the cap's derivative. `estimate` needs it for the values.
 
-    query: [B, Hq, D]. mean: [B, Hkv, N, D], of the keys. variance: the same shape, per dimension,
-    or None. counts: [B, Hkv, N] int32, tokens in each page. The last three may be views with any
-    strides (rows contiguous); they are read in place. scale multiplies the logits, then softcap
-    bends them to softcap * tanh(logit / softcap).
+    query: [B, Hq, D]. mean: [B, Hkv, N, D], of the keys. variance: [B, Hkv, N] float32, of the
+    keys, the mean over the dimensions, or None. counts: [B, Hkv, N] int32, tokens in each page. The
+    last three may be views with any strides (rows of mean contiguous); they are read in place.
+    scale multiplies the logits, then softcap bends them to softcap * tanh(logit / softcap).
     Returns log_mass and shift, both [B, Hq, N] float32. log_mass is a natural logarithm; where
     counts is 0, they are -inf and 0, whatever the rest.
     """
@@ -54,8 +55,7 @@ def score(
     shape = tuple(mean.shape)
     checks.expect_heads("query", query, shape[0], shape[1], shape[3])
     if variance is not None:
-        checks.expect("variance", variance, shape, *STORED_DTYPES, like=mean)
-        checks.expect_rows("variance", variance)
+        checks.expect("variance", variance, shape[:3], torch.float32, like=mean)
     checks.expect("counts", counts, shape[:3], torch.int32, like=mean)
     checks.expect_softcap(softcap)
     run = _backend(query, mean).score

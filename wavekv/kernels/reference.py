@@ -40,7 +40,7 @@ def score(
     log_count = counts.clamp(min=1).float().log().unsqueeze(2)
     log_mass, shift = log_count + x, torch.zeros_like(x)
     if variance is not None:
-        uncapped = q.square() @ variance.float().mT
+        uncapped = q.square().sum(-1, keepdim=True) * variance.unsqueeze(2)
         spread = uncapped * bend.square()
         is_frozen = spread > 2 * log_count
         frozen = (2 * log_count * spread).sqrt() - log_count

@@ -122,7 +122,7 @@ def build_segment(
         device_counts=counts.reshape(B, H, N),
         token_ids=token_ids.to(torch.int32).reshape(B, H, N, P).cpu(),
         mean=statistics.mean.reshape(B, H, N, D),
-        variance=statistics.variance.reshape(B, H, N, D),
+        variance=statistics.variance.reshape(B, H, N),
         value_mean=statistics.value_mean.reshape(B, H, N, D),
         codes=quantised.codes.reshape(B, H, N, -1, P, 4),
         code_scale=quantised.scale.reshape(B, H, N, P),

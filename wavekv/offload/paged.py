@@ -35,7 +35,7 @@ class SegmentPages:
     mean: Tensor
     """[B, Hkv, n, D] mean key, device."""
     variance: Tensor
-    """[B, Hkv, n, D] variance of the keys, device."""
+    """[B, Hkv, n] float32 variance of the keys, mean over the dimensions, device."""
     value_mean: Tensor
     """[B, Hkv, n, D] mean value, device."""
     codes: Tensor
@@ -67,7 +67,7 @@ class PagedZone:
     """Pages [B, Hkv, N] of one layer; holds one reference to each in the arena."""
 
     def __init__(self, arena: HostArena, like: Tensor, *, span_pages: int) -> None:
-        """like: [B, Hkv, 0, D] gives the shape, device and dtype of the statistics. span_pages:
+        """like: [B, Hkv, 0, D] gives the shape, device and dtype of the means. span_pages:
         pages whose within-page scatter is kept as one sum."""
         self.arena = arena
         self._building: list[Tensor] = []
@@ -78,9 +78,10 @@ class PagedZone:
         self.counts = GrowingTensor(torch.empty(shape, dtype=torch.int32), dim=2)
         self.token_ids = GrowingTensor(torch.empty(*shape, P, dtype=torch.int32), dim=2)
         self.device_counts = GrowingTensor(like.new_empty(shape, dtype=torch.int32), dim=2)
-        self.mean, self.variance, self.value_mean = (
-            GrowingTensor(like.new_empty(*shape, D), dim=2) for _ in range(3)
+        self.mean, self.value_mean = (
+            GrowingTensor(like.new_empty(*shape, D), dim=2) for _ in range(2)
         )
+        self.variance = GrowingTensor(like.new_empty(shape, dtype=torch.float32), dim=2)
         empty_codes = like.new_empty(*shape, -(-D // 8), P, 4, dtype=torch.uint8)
         self.codes = GrowingTensor(empty_codes, dim=2)
         self.code_scale = GrowingTensor(like.new_empty(*shape, P, dtype=torch.uint8), dim=2)

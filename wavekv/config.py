@@ -48,6 +48,17 @@ class OffloadConfig:
     """Tokens that one forward of a prefill takes."""
     cpu_budget: float | int | str = 0.8
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
+    device_budget: float | int | str = 0.5
+    """Device memory for pages that stay resident between decode steps (CUDA): bytes, "8GiB", or a
+    float share of what is free. No more than three budgets of pages are ever held."""
+    max_misses: int | None = None
+    """Pages that a KV head may fetch from the host in a captured step; the rest is estimated in that
+    step. None for no limit."""
+    prefetch: Literal["none", "runners-up", "early"] = "none"
+    """What a captured step fetches ahead: nothing, for the next step the best pages that were not
+    chosen, or for the next layer the pages that its predicted query chooses."""
+    capture: bool = True
+    """Whether decode steps on CUDA run as one CUDA graph, where the model allows it."""
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, ("retrieval", "exact"))
@@ -71,6 +82,12 @@ class OffloadConfig:
                 f"got {self.num_sink_tokens}"
             )
         parse_size("cpu_budget", self.cpu_budget)
+        parse_size("device_budget", self.device_budget)
+        _check_choice("prefetch", self.prefetch, ("none", "runners-up", "early"))
+        if self.max_misses is not None:
+            _check_count("max_misses", self.max_misses, least=0)
+        if not isinstance(self.capture, bool):
+            raise ConfigError(f"capture must be True or False, got {self.capture!r}")
 
     def override(self, allowed: tuple[str, ...] | None = None, **changes: Any) -> OffloadConfig:
         """Return a copy with fields changed.

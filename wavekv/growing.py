@@ -56,6 +56,16 @@ class GrowingTensor:
         self._buffer.narrow(self.dim, self._length, end - self._length).copy_(rows)
         self._length = end
 
+    def fit(self, capacity: int) -> None:
+        """Give the buffer exactly this capacity, which is at least the length."""
+        if self._buffer.shape[self.dim] != capacity:
+            self._grow(capacity)
+
+    def claim(self, count: int) -> None:
+        """Take in `count` rows that were written into the buffer behind the last."""
+        assert self._length + count <= self._buffer.shape[self.dim]
+        self._length += count
+
     def insert_front(self, count: int) -> None:
         """Put `count` rows of zeros before the first."""
         kept = self.view

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-END, START, PAGES, CLOCK = range(4)
-"""Places in `counters`: the position of the new token, the position of the oldest local token, the
-pages in use, and the number of the step."""
+END, CLOCK, PAGES, START = range(4)
+"""Places in `counters`: the position of the new token and the number of the step, which every step
+advances; the pages in use and the position of the oldest local token, which growth changes."""
 
-LEAST, MOST, CANDIDATES = range(3)
-"""Places in `limits`: the least and most pages that a KV head chooses, and how many of them are ranked
-again by codes (0: none)."""
+LEAST, MOST, CANDIDATES, WIDE = range(4)
+"""Places in `limits`: the least and most pages that a KV head chooses, how many are ranked again by
+codes (0: none), and how many are chosen for a prefetch (at least the most)."""
 
 NUM_BINS = 2048
 BIN_SHIFT = 17
@@ -30,9 +30,10 @@ REFINE_BLOCK = 64
 """Pages whose softmax statistics are summed up together, by moments and after codes."""
 COUNT_BLOCK = 1024
 """Pages that are counted, and later written, together when the chosen ones are collected."""
-ATTEND_PAGES = 16
+SLOPE_ROWS = 32
+"""Rows of the scatter that one program reads."""
 ATTEND_TOKENS = 64
-"""Pages, or tokens of the steady zone, in one part of the split attention."""
+"""Tokens of the steady zone in one part of the split attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,8 @@ class StepShape:
     softcap: float | None = None
     top_p: float | None = None
     tail: str = "second"
+    is_wide: bool = False
+    """Whether `limits[WIDE]` may be more than `limits[MOST]`: a prefetch follows."""
 
     @property
     def rows(self) -> int:
@@ -72,6 +75,12 @@ class StepShape:
         return min(256, self.span_pages & -self.span_pages)
 
     @property
+    def attend_pages(self) -> int:
+        """Chosen pages that are one part of the exact attention: about 128 tokens."""
+        tokens = 128 if self.head_dim <= 128 else 64
+        return max(1, tokens // (1 << (self.page_size - 1).bit_length()))
+
+    @property
     def attend_parts(self) -> int:
         """Parts of the exact attention: of chosen pages, then of the steady zone."""
         return self.page_parts + -(-(self.sinks + self.ring) // ATTEND_TOKENS)
@@ -79,7 +88,7 @@ class StepShape:
     @property
     def page_parts(self) -> int:
         """Parts of the exact attention to chosen pages."""
-        return -(-self.most // ATTEND_PAGES)
+        return -(-self.most // self.attend_pages)
 
     @property
     def estimate_parts(self) -> int:
@@ -151,6 +160,10 @@ class StepScratch(NamedTuple):
     """[B, Hq, N] float32 logit of each page's mean key, before a soft cap."""
     query_square: Tensor
     """[B, Hq] float32"""
+    query_words: Tensor
+    """[B, Hq, 2, W / 8] int32: the query as int8, four to a word, in halves as codes are."""
+    query_step: Tensor
+    """[B, Hq, 2] float32: the logit that one step of it is worth, and the sum of its steps."""
     log_mass: Tensor
     """[B, Hq, N] float32"""
     shift: Tensor
@@ -191,7 +204,9 @@ class StepScratch(NamedTuple):
     part_lse: Tensor
     """[B, Hq, parts] float32"""
     slope: Tensor
-    """[B, Hq, spans, D] float32"""
+    """[B, Hq, spans, D] float32, times `slope_spread`."""
+    slope_spread: Tensor
+    """[B, Hq, spans, D / SLOPE_ROWS] float32: parts of the spread that the slope is to be divided by."""
     out: Tensor
     """[B, Hq, D] float32"""
 
@@ -221,6 +236,8 @@ def empty_scratch(shape: StepShape, device: torch.device) -> StepScratch:
     return StepScratch(
         mean_logits=new(B, Hq, N),
         query_square=new(B, Hq),
+        query_words=ints(B, Hq, 2, -(-D // 8)),
+        query_step=new(B, Hq, 2),
         log_mass=new(B, Hq, N),
         shift=new(B, Hq, N),
         block_max=new(B, Hq, -(-N // REFINE_BLOCK)),
@@ -242,6 +259,7 @@ def empty_scratch(shape: StepShape, device: torch.device) -> StepScratch:
         part_out=new(B, Hq, parts, D),
         part_lse=new(B, Hq, parts),
         slope=new(B, Hq, spans, D),
+        slope_spread=new(B, Hq, spans, -(-D // SLOPE_ROWS)),
         out=new(B, Hq, D),
     )
 

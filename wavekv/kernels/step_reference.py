@@ -9,7 +9,6 @@ from torch import Tensor
 
 from wavekv.kernels import reference
 from wavekv.kernels.step import (
-    ATTEND_PAGES,
     ATTEND_TOKENS,
     BIN_SHIFT,
     CANDIDATES,
@@ -20,6 +19,7 @@ from wavekv.kernels.step import (
     NUM_BINS,
     PAGES,
     START,
+    WIDE,
     StepArena,
     StepPages,
     StepPool,
@@ -83,7 +83,7 @@ def rank_pages(
     histogram = torch.zeros(*bits.shape[:2], NUM_BINS, dtype=torch.int32, device=bits.device)
     histogram.scatter_add_(2, bins, is_alive.int())
     above = histogram.flip(2).cumsum(2).flip(2)
-    wanted = limits[MOST if is_final else CANDIDATES]
+    wanted = limits[WIDE if is_final else CANDIDATES]
     last = torch.where(above >= wanted, torch.arange(NUM_BINS, device=bits.device), 0).amax(2)
     least = torch.where(last == 0, 0, (last + base) << BIN_SHIFT).int()
     if not is_final and (int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n):
@@ -118,18 +118,31 @@ def refine(
 
 
 def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepShape) -> None:
-    n, most = int(counters[PAGES]), int(limits[MOST])
+    n = int(counters[PAGES])
     scratch.attended[..., :n] = 0
-    scratch.chosen.fill_(-1)
+    pick(counters, limits, scratch, scratch.chosen, shape)
+
+
+def pick(
+    counters: Tensor,
+    limits: Tensor,
+    scratch: StepScratch,
+    chosen: Tensor,
+    shape: StepShape,
+    *,
+    wide: bool = False,
+) -> None:
+    n, most = int(counters[PAGES]), int(limits[WIDE if wide else MOST])
+    chosen.fill_(-1)
     bits, order = scratch.rank[..., :n].sort(dim=-1, descending=True, stable=True)
     wanted = bits >= 0
-    if shape.top_p is not None:
+    if shape.top_p is not None and not wide:
         share = bits.clamp(min=0).contiguous().view(torch.float32)
         before = share.cumsum(-1) - share
         position = torch.arange(n, device=bits.device)
         wanted &= (before < shape.top_p * shape.group) | (position < int(limits[LEAST]))
-    chosen = order.masked_fill(~wanted, n)[..., :most].sort(dim=-1).values
-    scratch.chosen[..., : chosen.shape[-1]] = chosen.masked_fill(chosen == n, -1).int()
+    best = order.masked_fill(~wanted, n)[..., :most].sort(dim=-1).values
+    chosen[..., : best.shape[-1]] = best.masked_fill(best == n, -1).int()
 
 
 def resolve(
@@ -170,7 +183,7 @@ def _resolve_head(
     # least recently used first, of equal ages the lower slot
     rest = (now - age[free]).clamp(max=(1 << 16) - 1)
     free = free[rest.sort(descending=True, stable=True).indices]
-    taken = min(len(missing), shape.misses, len(free))
+    taken = min(len(missing), scratch.victims.shape[2], len(free))
     victims = free[:taken].sort().values
     displaced = owner[victims]
     table[displaced[displaced >= 0].long()] = -1
@@ -220,7 +233,7 @@ def attend(
     page_parts = shape.page_parts
     if pages:
         for part in range(page_parts):
-            j = slice(part * ATTEND_PAGES, (part + 1) * ATTEND_PAGES)
+            j = slice(part * shape.attend_pages, (part + 1) * shape.attend_pages)
             slots, tokens = scratch.slots[:, :, j].long(), scratch.tokens[:, :, j]
             index = slots.clamp(min=0)[..., None, None, None]
             held = pool.pages.gather(2, index.expand(*slots.shape, *pool.pages.shape[3:]))
@@ -246,6 +259,7 @@ def value_slope(
     spans = -(-int(counters[PAGES]) // shape.span_pages)
     scatter = pages.scatter[:, :, :spans]
     scratch.slope[:, :, :spans] = reference.value_slope(query, scatter, scale=shape.scale)
+    scratch.slope_spread[:, :, :spans] = 1 / scratch.slope_spread.shape[3]
 
 
 def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape) -> None:

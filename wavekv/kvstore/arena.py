@@ -50,6 +50,11 @@ class HostArena:
         return len(self.chunks) * self.pages_per_chunk
 
     @property
+    def max_chunks(self) -> int:
+        """Chunks that the budget allows."""
+        return self.budget.limit // self._chunk_bytes + 1
+
+    @property
     def num_pages(self) -> int:
         """Pages in use."""
         self._collect()

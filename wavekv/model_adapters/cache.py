@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from wavekv.model_adapters.snapshot import restore, snapshot
 from wavekv.model_adapters.statistics import cache_statistics
 from wavekv.offload import OffloadRuntime
 
+if TYPE_CHECKING:
+    from wavekv.model_adapters.graph import CapturedSteps
+
 
 class OffloadedCache(DynamicCache):  # type: ignore[misc]
     """One conversation (a batch of sequences) of one model. A `transformers` cache."""
@@ -34,11 +37,16 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         super().__init__(config=model_config)
         self.runtime = OffloadRuntime(config or OffloadConfig())
         self.model_config = model_config.get_text_config(decoder=True)
+        self.steps: CapturedSteps | None = None
+        """How decode steps run; a wrapper sets it."""
         for number, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 # one record for all layers: they see the same tokens
-                padding = None if self.offloaded_layers else PaddingRecord()
-                self.layers[number] = OffloadedLayer(self.runtime, self.model_config, padding)
+                count = len(self.offloaded_layers)
+                padding = None if count else PaddingRecord()
+                self.layers[number] = OffloadedLayer(
+                    self.runtime, self.model_config, count, padding
+                )
         if not self.offloaded_layers:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise UnsupportedModelError(
@@ -115,6 +123,9 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         Raises:
             CapacityError: they do not fit cpu_budget; nothing is allocated then.
         """
+        if self.runtime.engine is not None and num_tokens == 1:
+            # it sees to that itself
+            return
         wanted: dict[Any, int] = {}
         for layer in self.offloaded_layers:
             if layer.context is not None:
@@ -139,7 +150,7 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         """
         config = self.config.override(DECODE_FIELDS, **overrides)
         fork: OffloadedCache = copy.copy(self)
-        fork.runtime = self.runtime.fork(config)
+        fork.runtime, fork.steps = self.runtime.fork(config), None
         fork.layers = [
             layer.fork(fork.runtime) if isinstance(layer, OffloadedLayer) else copy.deepcopy(layer)
             for layer in self.layers
@@ -149,6 +160,8 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 while empty."""
+        if self.runtime.engine is not None:
+            return self.runtime.engine.shape.batch
         context = self.offloaded_layers[0].context
         return -1 if context is None else context.shape[0]
 

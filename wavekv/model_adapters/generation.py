@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from wavekv.errors import CacheError, ConfigError
 from wavekv.model_adapters.cache import OffloadedCache
+from wavekv.model_adapters.graph import capturing_view
 from wavekv.model_adapters.prefill import check_shapes, prefill
 
 # what `generate` takes beside inputs of the forward
@@ -83,7 +84,8 @@ def generate(
     with cache.restored_on_error() if is_kept else nullcontext():
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        out = model.generate(input_ids, past_key_values=cache, **kwargs)
+        runner = capturing_view(model, cache)
+        out = runner.generate(input_ids, past_key_values=cache, **kwargs)
     cache.stop_recording()
     return out
 

@@ -25,20 +25,29 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         self,
         runtime: OffloadRuntime,
         model_config: PreTrainedConfig,
+        number: int,
         padding: PaddingRecord | None = None,
     ) -> None:
-        """`padding`: the record that this layer keeps for its cache, if it is the one to."""
+        """number: which of the offloaded layers this is. `padding`: the record that this layer keeps
+        for its cache, if it is the one to."""
         super().__init__()
+        self.number = number
         self.padding = padding
         self.runtime = runtime
         self.model_config = model_config
-        self.context: LayerContext | None = None
+        self._context: LayerContext | None = None
         self._is_waiting = False
+
+    @property
+    def context(self) -> LayerContext | None:
+        """The tokens of this layer; a decode engine that has them gives them back first."""
+        self.runtime.reclaim()
+        return self._context
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the context that fits these states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.context = LayerContext(self.runtime, key_states, value_states)
+        self._context = LayerContext(self.runtime, key_states, value_states)
         self.is_initialized = True
 
     def update(
@@ -46,7 +55,7 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Return the new states as they are; `attend` takes them in."""
         self.check_delivered()
-        if self.context is None:
+        if self._context is None:
             self.lazy_initialization(key_states, value_states)
         # a new tensor object: layers that share keys must not share the tag
         keys = key_states.view(key_states.shape)
@@ -81,6 +90,9 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
                 f"{type(module).__name__} attends twice to keys that were cached once; models "
                 "whose layers share keys are not supported"
             )
+        engine = self.runtime.engine
+        if engine is not None and engine.is_stepping:
+            return engine.attend(self.number, query, keys, values, logits, sink_logits)
         self._check(module, query, keys, mask)
         assert self.context is not None
         if self.padding is not None:
@@ -90,7 +102,10 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
 
     def get_seq_length(self) -> int:
         """Tokens held, padding included."""
-        return 0 if self.context is None else self.context.num_tokens
+        engine = self.runtime.engine
+        if engine is not None:
+            return engine.num_tokens
+        return 0 if self._context is None else self._context.num_tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(logical length with the queries, offset 0), wherever the tokens are."""
@@ -108,12 +123,14 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens."""
         self._settle_anyway()
-        self.context, self.is_initialized, self._is_waiting = None, False, False
+        self._context, self.is_initialized, self._is_waiting = None, False, False
+        self.runtime.num_changes += 1
         if self.padding is not None:
             self.padding = PaddingRecord()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Replace the sequences by `beam_idx` [B'] of them."""
+        self.runtime.num_changes += 1
         if self.context is not None:
             self.context.select(beam_idx)
         if self.padding is not None:
@@ -155,10 +172,10 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
     def fork(self, runtime: OffloadRuntime) -> OffloadedLayer:
         """An independent layer with the same tokens; pages are shared."""
         padding = None if self.padding is None else self.padding.copy()
-        copy = OffloadedLayer(runtime, self.model_config, padding)
+        copy = OffloadedLayer(runtime, self.model_config, self.number, padding)
         if self.context is not None:
             copy.dtype, copy.device, copy.is_initialized = self.dtype, self.device, True
-            copy.context = self.context.fork(runtime)
+            copy._context = self.context.fork(runtime)
         return copy
 
     def _settle_anyway(self) -> None:
@@ -169,6 +186,7 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
 
     def _truncate(self, length: int) -> None:
         assert self.context is not None
+        self.runtime.num_changes += 1
         self.context.truncate(length)
         if self.padding is not None:
             self.padding.truncate(length)

@@ -15,6 +15,7 @@ from wavekv.errors import CacheError, ConfigError, UnsupportedModelError
 from wavekv.model_adapters import attention
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.generation import generate, generation_settings
+from wavekv.model_adapters.graph import captured_steps
 from wavekv.model_adapters.prefill import check_shapes, positions, prefill
 from wavekv.model_adapters.support import check_supported, switch_attention
 
@@ -105,6 +106,9 @@ class OffloadedKV:
             check_shapes(cache, ids, mask, cache.get_seq_length())
             if mask is not None and "position_ids" in accepted:
                 kwargs.setdefault("position_ids", positions(mask, ids.shape[1]).to(ids.device))
+        step = captured_steps(cache).run(self.model, kwargs | {"past_key_values": cache})
+        if step is not None:
+            return step
         with cache.restored_on_error():
             return self.model(past_key_values=cache, **kwargs)
 

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from wavekv.index import balanced_pages, encode_keys, page_statistics
+from wavekv.index import (
+    KeyCodes,
+    PageStatistics,
+    balanced_pages,
+    encode_keys,
+    page_statistics,
+)
 from wavekv.index.scatter import scatter_by_span
 from wavekv.kvstore import HostArena
 from wavekv.offload.paged import SegmentPages
@@ -80,6 +86,53 @@ def _without_grad(
         return build()
 
 
+class FormedPages(NamedTuple):
+    """Tokens of R rows gathered into pages, with what is known of each page."""
+
+    order: Tensor
+    """[R, n, P] int64: which token of the row is in each slot; tokens that are not valid come last."""
+    counts: Tensor
+    """[R, n] int32 valid tokens of each page."""
+    keys: Tensor
+    """[R, n, P, D]"""
+    values: Tensor
+    """[R, n, P, D]"""
+    statistics: PageStatistics
+    codes: KeyCodes
+
+    @property
+    def pages(self) -> Tensor:
+        """[R * n, 2, P, D] as an arena stores them."""
+        return torch.stack([self.keys, self.values], dim=2).flatten(0, 1)
+
+    @property
+    def token_ids(self) -> Tensor:
+        """[R, n, P] int32: the token in each slot, -1 where there is none."""
+        slot = torch.arange(self.order.shape[2], device=self.order.device)
+        held = slot < self.counts.unsqueeze(-1)
+        return torch.where(held, self.order, -1).to(torch.int32)
+
+
+def form_pages(keys: Tensor, values: Tensor, valid: Tensor | None, page_size: int) -> FormedPages:
+    """Cluster the tokens of each row into pages. Nothing waits for the device.
+
+    keys, values: [R, S, D]; valid: [R, S] bool, or None for all. Cost: O(S log(S / P) D) a row (see
+    `balanced_pages`).
+    """
+    R, S, D = keys.shape
+    n = S // page_size
+    order = balanced_pages(keys, page_size, valid)
+    rows = order[..., None].expand(-1, -1, D)
+    paged_keys, paged_values = (
+        x.gather(1, rows).reshape(R, n, page_size, D) for x in (keys, values)
+    )
+    counts = _page_counts(valid, R, n, page_size, keys.device)
+    statistics = page_statistics(paged_keys, paged_values, counts, dtype=keys.dtype)
+    codes = encode_keys(paged_keys, statistics.mean, counts)
+    order = order.reshape(R, n, page_size)
+    return FormedPages(order, counts, paged_keys, paged_values, statistics, codes)
+
+
 def build_segment(
     keys: Tensor,
     values: Tensor,
@@ -98,44 +151,42 @@ def build_segment(
     spans are of `span_pages`. Cost: O(S log(S / P) D + S D^2) a head (see `balanced_pages`).
     """
     B, H, S, D = keys.shape
-    P = arena.layout.page_size
-    N, R = S // P, B * H
-    k, v = keys.reshape(R, S, D), values.reshape(R, S, D)
-    order = balanced_pages(k, P, None if valid is None else valid.repeat_interleave(H, 0))
-    rows = order[..., None].expand(-1, -1, D)
-    paged_keys, paged_values = (x.gather(1, rows).reshape(R, N, P, D) for x in (k, v))
-    counts = _page_counts(valid, B, N, P, keys.device).repeat_interleave(H, 0)
-    statistics = page_statistics(paged_keys, paged_values, counts, dtype=keys.dtype)
-    quantised = encode_keys(paged_keys, statistics.mean, counts)
-    scatter = scatter_by_span(
-        paged_keys, paged_values, counts, first_page=first_page, span_pages=span_pages
+    valid_rows = None if valid is None else valid.repeat_interleave(H, 0)
+    formed = form_pages(
+        keys.reshape(B * H, S, D), values.reshape(B * H, S, D), valid_rows, arena.layout.page_size
     )
-    pages = torch.stack([paged_keys, paged_values], dim=2)
-    arena.write(page_ids, pages.reshape(R * N, 2, P, D))
-    held = torch.arange(P, device=keys.device) < counts[..., None]
-    token_ids = torch.where(held, order.reshape(R, N, P) + start, -1)
+    scatter = scatter_by_span(
+        formed.keys, formed.values, formed.counts, first_page=first_page, span_pages=span_pages
+    )
+    arena.write(page_ids, formed.pages)
+    token_ids = formed.token_ids
+    token_ids = torch.where(token_ids >= 0, token_ids + start, -1)
+
+    def of_heads(x: Tensor) -> Tensor:
+        return x.reshape(B, H, *x.shape[1:])
+
     return SegmentPages(
         start=start,
         length=S,
-        page_ids=page_ids.reshape(B, H, N),
-        counts=counts.reshape(B, H, N).cpu(),
-        device_counts=counts.reshape(B, H, N),
-        token_ids=token_ids.to(torch.int32).reshape(B, H, N, P).cpu(),
-        mean=statistics.mean.reshape(B, H, N, D),
-        variance=statistics.variance.reshape(B, H, N),
-        value_mean=statistics.value_mean.reshape(B, H, N, D),
-        codes=quantised.codes.reshape(B, H, N, -1, P, 4),
-        code_scale=quantised.scale.reshape(B, H, N, P),
-        page_scale=quantised.page_scale.reshape(B, H, N),
-        scatter=scatter.reshape(B, H, -1, 2, D, D),
+        page_ids=page_ids.reshape(B, H, -1),
+        counts=of_heads(formed.counts).cpu(),
+        device_counts=of_heads(formed.counts),
+        token_ids=of_heads(token_ids).cpu(),
+        mean=of_heads(formed.statistics.mean),
+        variance=of_heads(formed.statistics.variance),
+        value_mean=of_heads(formed.statistics.value_mean),
+        codes=of_heads(formed.codes.codes),
+        code_scale=of_heads(formed.codes.scale),
+        page_scale=of_heads(formed.codes.page_scale),
+        scatter=of_heads(scatter),
     )
 
 
 def _page_counts(
-    valid: Tensor | None, batch: int, num_pages: int, page_size: int, device: torch.device
+    valid: Tensor | None, rows: int, num_pages: int, page_size: int, device: torch.device
 ) -> Tensor:
-    """[B, N] int32: valid tokens come first, so pages fill up one after another."""
+    """[R, n] int32: valid tokens come first, so pages fill up one after another."""
     if valid is None:
-        return torch.full((batch, num_pages), page_size, dtype=torch.int32, device=device)
+        return torch.full((rows, num_pages), page_size, dtype=torch.int32, device=device)
     before = torch.arange(num_pages, device=device) * page_size
     return (valid.sum(1, keepdim=True) - before).clamp(0, page_size).to(torch.int32)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from wavekv.config import OffloadConfig, parse_size
 from wavekv.kvstore import HostArena, KVLayout, MemoryBudget
 from wavekv.offload.builder import PageBuilder
+
+if TYPE_CHECKING:
+    from wavekv.offload.engine import DecodeEngine
 
 
 class OffloadRuntime:
@@ -18,6 +23,10 @@ class OffloadRuntime:
         """While true, layers wait for whole segments instead of paging every append_segment."""
         self.budget = MemoryBudget.of(parse_size("cpu_budget", config.cpu_budget))
         self.builder = PageBuilder()
+        self.engine: DecodeEngine | None = None
+        """Has the contexts of the cache while its decode steps are captured."""
+        self.num_changes = 0
+        """How often tokens were removed or sequences reordered."""
         self.arenas: dict[tuple[KVLayout, bool], HostArena] = {}
 
     def arena(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> HostArena:
@@ -28,9 +37,16 @@ class OffloadRuntime:
             self.arenas[key] = HostArena(layout, self.budget, pin=key[1])
         return self.arenas[key]
 
+    def reclaim(self) -> None:
+        """Have the engine give the contexts back, if it has them."""
+        if self.engine is not None:
+            self.engine.give_back()
+            self.engine = None
+
     def fork(self, config: OffloadConfig) -> OffloadRuntime:
         """A runtime over the same memory with other decode settings."""
         copy = object.__new__(OffloadRuntime)
         copy.config, copy.is_prefilling = config, False
+        copy.engine, copy.num_changes = None, 0
         copy.budget, copy.builder, copy.arenas = self.budget, self.builder, self.arenas
         return copy

@@ -9,7 +9,7 @@ from wavekv.kernels.cuda.rank import rank_pages
 from wavekv.kernels.cuda.refine import refine
 from wavekv.kernels.cuda.resolve import resolve
 from wavekv.kernels.cuda.score import score
-from wavekv.kernels.cuda.select import select
+from wavekv.kernels.cuda.select import pick, select
 from wavekv.kernels.cuda.transfer import fetch, store
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "estimate",
     "fetch",
     "merge",
+    "pick",
     "rank_pages",
     "refine",
     "resolve",

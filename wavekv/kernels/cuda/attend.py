@@ -10,7 +10,6 @@ from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.step import (
-    ATTEND_PAGES,
     ATTEND_TOKENS,
     StepPool,
     StepScratch,
@@ -18,6 +17,9 @@ from wavekv.kernels.step import (
     StepSteady,
     StepTotals,
 )
+
+_MERGE_DIMS = 32
+_MERGE_PARTS = 256
 
 
 @triton.jit
@@ -87,19 +89,19 @@ def _attend(
         out, lse = _attention_state(q, keys, values, is_held, scale, softcap, SOFTCAP, PRECISION)
     else:
         i = (part - PAGE_PARTS) * TOKENS + tl.arange(0, TOKENS)
-        end, start = tl.load(counters), tl.load(counters + 1)
+        end, start = tl.load(counters), tl.load(counters + 3)
         # the position of the token in a ring slot, were it in use
         position = start + (i - SINKS - start % RING + RING) % RING
-        is_held = (i < SINKS + RING) & ((i < SINKS) | (position <= end))
-        valid = tl.load(
-            steady_valid + (row // H) * (SINKS + RING) + i, mask=i < SINKS + RING, other=0
+        is_slot = i < SINKS + RING
+        valid = tl.load(steady_valid + (row // H) * (SINKS + RING) + i, mask=is_slot, other=0)
+        is_live = is_slot & ((i < SINKS) | (position <= end)) & (valid != 0)
+        at_token = (row * (SINKS + RING) + i)[:, None] * D + d[None, :]
+        in_zone = is_live[:, None] & is_dim[None, :]
+        local_keys = tl.load(steady_keys + at_token, mask=in_zone, other=0.0)
+        local_values = tl.load(steady_values + at_token, mask=in_zone, other=0.0)
+        out, lse = _attention_state(
+            q, local_keys, local_values, is_live, scale, softcap, SOFTCAP, PRECISION
         )
-        is_held = is_held & (valid != 0)
-        at = (row * (SINKS + RING) + i)[:, None] * D + d[None, :]
-        inside = is_held[:, None] & is_dim[None, :]
-        keys = tl.load(steady_keys + at, mask=inside, other=0.0)
-        values = tl.load(steady_values + at, mask=inside, other=0.0)
-        out, lse = _attention_state(q, keys, values, is_held, scale, softcap, SOFTCAP, PRECISION)
     to = (row * G + g) * PARTS + part
     tl.store(part_lse + to, lse, mask=is_head)
     tl.store(part_out + to[:, None] * D + d[None, :], out, mask=is_head[:, None] & is_dim[None, :])
@@ -133,7 +135,7 @@ def attend(
         FIRST=first,
         PAGE_PARTS=shape.page_parts,
         PARTS=scratch.part_lse.shape[2],
-        PAGES=max(ATTEND_PAGES, 16 // page_size),
+        PAGES=shape.attend_pages,
         TOKENS=ATTEND_TOKENS,
         SOFTCAP=shape.softcap is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -160,7 +162,7 @@ def _merge(
     tail_mass,
     HQ: tl.constexpr,
     D: tl.constexpr,
-    DP: tl.constexpr,
+    DIMS: tl.constexpr,
     ATTEND_PARTS: tl.constexpr,
     ESTIMATE_BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -172,7 +174,7 @@ def _merge(
     head = tl.program_id(0).to(tl.int64)
     num_pages = tl.load(counters + 2)
     num_parts = ATTEND_PARTS + tl.cdiv(num_pages, ESTIMATE_BLOCK)
-    i, d = tl.arange(0, PARTS_P), tl.arange(0, DP)
+    i, d = tl.arange(0, PARTS_P), tl.program_id(1) * DIMS + tl.arange(0, DIMS)
     lse = tl.load(part_lse + head * PARTS + i, mask=i < num_parts, other=float("-inf"))
     largest = tl.max(lse, 0)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
@@ -180,23 +182,25 @@ def _merge(
     tail = tl.sum(tl.where(i >= ATTEND_PARTS, weights, 0.0), 0)
     everything = tl.sum(weights, 0)
     share = tl.where(everything > 0.0, tail / tl.maximum(everything, 1e-30), 0.0)
-    tl.store(tail_mass + head, tl.load(tail_mass + head) + share)
+    if tl.program_id(1) == 0:
+        tl.store(tail_mass + head, tl.load(tail_mass + head) + share)
     if not USE_TAIL:
         num_parts = ATTEND_PARTS
         everything -= tail
     if HAS_SINKS:
         everything += tl.exp(tl.load(sinks + head % HQ).to(tl.float32) - largest)
-    total = tl.zeros([DP], tl.float32)
+    total = tl.zeros([DIMS], tl.float32)
     start = 0
     while start < num_parts:
         k = start + tl.arange(0, BLOCK)
-        lse = tl.load(part_lse + head * PARTS + k, mask=k < num_parts, other=float("-inf"))
+        weight = tl.load(part_lse + head * PARTS + k, mask=k < num_parts, other=float("-inf"))
+        weight = tl.exp(weight - largest)
         part = tl.load(
             part_out + (head * PARTS + k)[:, None] * D + d[None, :],
             mask=(k < num_parts)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        total += tl.sum(part * tl.exp(lse - largest)[:, None], 0)
+        total += tl.sum(part * weight[:, None], 0)
         start += BLOCK
     total = tl.where(everything > 0.0, total / tl.maximum(everything, 1e-30), 0.0)
     tl.store(out + head * D + d, total, mask=d < D)
@@ -214,19 +218,19 @@ def merge(
     options: dict[str, Any] = dict(
         HQ=shape.kv_heads * shape.group,
         D=shape.head_dim,
-        DP=power_of_two(shape.head_dim),
+        DIMS=_MERGE_DIMS,
         ATTEND_PARTS=shape.attend_parts,
         ESTIMATE_BLOCK=shape.estimate_block,
         PARTS=parts,
         PARTS_P=power_of_two(parts),
-        BLOCK=32,
+        BLOCK=min(power_of_two(parts), _MERGE_PARTS),
         HAS_SINKS=sinks is not None,
         USE_TAIL=shape.tail != "none",
         num_warps=8,
     )
     launch(
         _merge,
-        (shape.batch * shape.kv_heads * shape.group,),
+        (shape.rows * shape.group, triton.cdiv(shape.head_dim, _MERGE_DIMS)),
         *(counters, scratch.part_out, scratch.part_lse, sinks, scratch.out, totals.tail_mass),
         **options,
     )

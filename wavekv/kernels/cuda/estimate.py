@@ -9,10 +9,9 @@ from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.reference import VALUE_RIDGE
-from wavekv.kernels.step import StepPages, StepScratch, StepShape
+from wavekv.kernels.step import SLOPE_ROWS, StepPages, StepScratch, StepShape
 
 _TILE = 64
-_SLOPE_ROWS = 32
 
 
 @triton.jit
@@ -21,65 +20,58 @@ def _value_slope(
     counters,
     scatter,
     slope,
+    slope_spread,
     spans,
-    SPAN_PAGES: tl.constexpr,
     scale,
     ridge,
+    SPAN_PAGES: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
     SPANS: tl.constexpr,
 ):
-    span, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    span, block = part // PARTS, part % PARTS
     if span * SPAN_PAGES < tl.load(counters + 2):
-        d = tl.arange(0, DP)
-        keys = scatter + (row * spans + span) * (2 * D * D)
+        d, r = tl.arange(0, DP), block * ROWS + tl.arange(0, ROWS)
+        at = scatter + (row * spans + span) * (2 * D * D) + r[:, None] * D + d[None, :]
+        inside = (r < D)[:, None] & (d < D)[None, :]
+        keys = tl.load(at, mask=inside, other=0.0)
+        values = tl.load(at + D * D, mask=inside, other=0.0)
+        diagonal = tl.sum(tl.where(d[None, :] == r[:, None], keys, 0.0), 1)
         for head in tl.static_range(G):
-            at = (row * G + head) * D
-            q = tl.load(query + at + d, mask=d < D, other=0.0).to(tl.float32) * scale
-            # q^T K q, and the ridge's sum of q_d^2 K_dd
-            spread = 0.0
-            for start in tl.static_range(0, DP, ROWS):
-                r = start + tl.arange(0, ROWS)
-                inside = (r < D)[:, None] & (d < D)[None, :]
-                block = tl.load(keys + r[:, None] * D + d[None, :], mask=inside, other=0.0)
-                qr = tl.load(query + at + r, mask=r < D, other=0.0).to(tl.float32) * scale
-                spread += tl.sum(tl.sum(block * q[None, :], 1) * qr, 0)
-            spread = tl.maximum(spread, 0.0)
-            diagonal = tl.load(keys + d * (D + 1), mask=d < D, other=0.0)
-            spread += ridge * tl.sum(diagonal * q * q, 0)
-            spread = tl.maximum(spread, 1.1754943508222875e-38)
-            for start in tl.static_range(0, DP, ROWS):
-                r = start + tl.arange(0, ROWS)
-                inside = (r < D)[:, None] & (d < D)[None, :]
-                block = tl.load(keys + D * D + r[:, None] * D + d[None, :], mask=inside, other=0.0)
-                part = tl.sum(block * q[None, :], 1) / spread
-                to = ((row * G + head) * SPANS + span) * D
-                tl.store(slope + to + r, part, mask=r < D)
+            here = query + (row * G + head) * D
+            q = tl.load(here + d, mask=d < D, other=0.0).to(tl.float32) * scale
+            qr = tl.load(here + r, mask=r < D, other=0.0).to(tl.float32) * scale
+            spread = tl.sum(tl.sum(keys * q[None, :], 1) * qr + ridge * diagonal * qr * qr, 0)
+            to = (row * G + head) * SPANS + span
+            tl.store(slope_spread + to * PARTS + block, spread)
+            tl.store(slope + to * D + r, tl.sum(values * q[None, :], 1), mask=r < D)
 
 
 def value_slope(
     query: Tensor, pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape
 ) -> None:
-    """How values go with logits in each span, into `scratch.slope`: see `wavekv.kernels.value_slope`."""
-    spans = scratch.slope.shape[2]
-    dim = power_of_two(shape.head_dim)
+    """How values go with logits in each span: see `wavekv.kernels.value_slope`. The quotient is left
+    to `estimate`."""
+    spans, parts = scratch.slope_spread.shape[2:]
     options: dict[str, Any] = dict(
         SPAN_PAGES=shape.span_pages,
         G=shape.group,
         D=shape.head_dim,
-        DP=dim,
-        ROWS=min(_SLOPE_ROWS, dim),
+        DP=power_of_two(shape.head_dim),
+        ROWS=SLOPE_ROWS,
+        PARTS=parts,
         SPANS=spans,
-        num_warps=8,
+        num_warps=4,
     )
     launch(
         _value_slope,
-        (spans, shape.rows),
-        *(query, counters, pages.scatter, scratch.slope, pages.scatter.shape[2]),
-        scale=shape.scale,
-        ridge=VALUE_RIDGE,
+        (spans * parts, shape.rows),
+        *(query, counters, pages.scatter, scratch.slope, scratch.slope_spread),
+        *(pages.scatter.shape[2], shape.scale, VALUE_RIDGE),
         **options,
     )
 
@@ -92,6 +84,7 @@ def _estimate(
     value_mean,
     attended,
     slope,
+    slope_spread,
     part_out,
     part_lse,
     N,
@@ -103,6 +96,8 @@ def _estimate(
     PARTS: tl.constexpr,
     SPANS: tl.constexpr,
     SPAN_PAGES: tl.constexpr,
+    SPREADS: tl.constexpr,
+    SPREADS_P: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
     USE_SLOPE: tl.constexpr,
@@ -146,6 +141,13 @@ def _estimate(
             span = (block * BLOCK) // SPAN_PAGES
             inside = is_head[:, None] & is_dim[None, :]
             at = ((row * G + g) * SPANS + span)[:, None] * D + d[None, :]
+            s = tl.arange(0, SPREADS_P)
+            spread = tl.load(
+                slope_spread + ((row * G + g) * SPANS + span)[:, None] * SPREADS + s[None, :],
+                mask=is_head[:, None] & (s < SPREADS)[None, :],
+                other=0.0,
+            )
+            lean = lean / tl.maximum(tl.sum(spread, 1), 1.1754943508222875e-38)
             out += lean[:, None] * tl.load(slope + at, mask=inside, other=0.0)
         out = out / tl.maximum(total, 1e-30)[:, None]
         lse = tl.where(total > 0.0, largest + tl.log(tl.maximum(total, 1e-30)), float("-inf"))
@@ -170,6 +172,8 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         PARTS=scratch.part_lse.shape[2],
         SPANS=scratch.slope.shape[2],
         SPAN_PAGES=shape.span_pages,
+        SPREADS=scratch.slope_spread.shape[3],
+        SPREADS_P=power_of_two(scratch.slope_spread.shape[3]),
         BLOCK=shape.estimate_block,
         TILE=min(max(16, shape.estimate_block), _TILE),
         USE_SLOPE=shape.tail == "second",
@@ -180,6 +184,6 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         _estimate,
         (shape.estimate_parts, shape.rows),
         *(counters, scratch.log_mass, scratch.shift, pages.value_mean, scratch.attended),
-        *(scratch.slope, scratch.part_out, scratch.part_lse, shape.capacity),
+        *(scratch.slope, scratch.slope_spread, scratch.part_out, scratch.part_lse, shape.capacity),
         **options,
     )

@@ -20,3 +20,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     with torch.cuda.device(first.device):
         kernel[grid](*args, **options)
+
+
+def uses_hardware(tensor: Tensor) -> bool:
+    """Whether kernels on this tensor are compiled: the interpreter knows no inline assembly."""
+    return tensor.is_cuda

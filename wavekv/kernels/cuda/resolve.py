@@ -40,7 +40,7 @@ def _resolve(
     PREFETCH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    now = tl.load(counters + 3)
+    now = tl.load(counters + 1)
     j, s = tl.arange(0, MP), tl.arange(0, SP)
     page = tl.load(chosen + row * M + j, mask=j < M, other=-1)
     is_page = page >= 0
@@ -116,12 +116,12 @@ def resolve(
 
     A prefetch makes its pages resident and counts as a use, but nothing is attended to."""
     options: dict[str, Any] = dict(
-        MP=power_of_two(shape.most),
+        MP=power_of_two(scratch.chosen.shape[2]),
         SP=power_of_two(shape.slots),
         AGE_BITS=_AGE_BITS,
         PROBE_BITS=_PROBE_BITS,
         PREFETCH=is_prefetch,
-        num_warps=8,
+        num_warps=min(32, max(4, power_of_two(shape.slots) // 128)),
     )
     launch(
         _resolve,
@@ -130,6 +130,6 @@ def resolve(
         *(pool.table, pool.owner, pool.age),
         *(scratch.slots, scratch.tokens, scratch.attended),
         *(scratch.victims, scratch.wanted, scratch.num_misses, totals.paging),
-        *(shape.capacity, shape.most, shape.slots, shape.misses),
+        *(shape.capacity, scratch.chosen.shape[2], shape.slots, scratch.victims.shape[2]),
         **options,
     )

@@ -13,6 +13,28 @@ from wavekv.kernels.step import NUM_BINS, SCORE_BLOCK, StepPages, StepScratch, S
 
 
 @triton.jit
+def _quantise(
+    query, words, steps, head, scale, D: tl.constexpr, GROUPS: tl.constexpr, GROUPS_P: tl.constexpr
+):
+    """Round one head's query to int8, as the codes want it."""
+    w, i = tl.arange(0, GROUPS_P)[:, None], tl.arange(0, 4)[None, :]
+    low, high = 4 * w + i, 4 * (GROUPS + w) + i
+    in_low, in_high = (w < GROUPS) & (low < D), (w < GROUPS) & (high < D)
+    first = tl.load(query + head * D + low, mask=in_low, other=0.0).to(tl.float32)
+    second = tl.load(query + head * D + high, mask=in_high, other=0.0).to(tl.float32)
+    largest = tl.max(tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1)), 0)
+    safe = tl.where(largest == 0.0, 1.0, largest)
+    first = tl.floor(first / safe * 127.0 + 0.5).to(tl.int32)
+    second = tl.floor(second / safe * 127.0 + 0.5).to(tl.int32)
+    at = words + head * 2 * GROUPS + tl.arange(0, GROUPS_P)
+    inside = tl.arange(0, GROUPS_P) < GROUPS
+    tl.store(at, tl.sum((first & 255) << (8 * i), 1), mask=inside)
+    tl.store(at + GROUPS, tl.sum((second & 255) << (8 * i), 1), mask=inside)
+    tl.store(steps + head * 2, largest / 127.0 * scale)
+    tl.store(steps + head * 2 + 1, tl.sum(tl.sum(first + second, 1), 0).to(tl.float32))
+
+
+@triton.jit
 def _score(
     query,
     new_keys,
@@ -27,6 +49,8 @@ def _score(
     steady_valid,
     mean_logits,
     query_square,
+    query_words,
+    query_step,
     block_max,
     block_sum,
     histogram,
@@ -43,6 +67,8 @@ def _score(
     DP: tl.constexpr,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUPS_P: tl.constexpr,
     BLOCK: tl.constexpr,
     STATS_STRIDE: tl.constexpr,
     USE_VARIANCE: tl.constexpr,
@@ -68,6 +94,8 @@ def _score(
         for part in tl.static_range(2):
             tl.store(histogram + (part * ROWS + row) * BINS + bins, tl.zeros([BINS], tl.int32))
             tl.store(arrived + part * ROWS + row, 0)
+        for head in tl.static_range(G):
+            _quantise(query, query_words, query_step, row * G + head, scale, D, GROUPS, GROUPS_P)
         if APPEND:
             end = tl.load(counters)
             slot = row * (SINKS + RING) + SINKS + end % RING
@@ -124,6 +152,8 @@ def score(
         DP=max(16, power_of_two(shape.head_dim)),
         ROWS=shape.rows,
         BINS=NUM_BINS,
+        GROUPS=scratch.query_words.shape[3],
+        GROUPS_P=power_of_two(scratch.query_words.shape[3]),
         BLOCK=SCORE_BLOCK,
         STATS_STRIDE=scratch.block_max.shape[2],
         USE_VARIANCE=shape.tail == "second",
@@ -138,7 +168,8 @@ def score(
         *(query, new_keys, new_values, new_valid, counters),
         *(pages.counts, pages.mean, pages.variance),
         *(steady.keys, steady.values, steady.valid),
-        *(scratch.mean_logits, scratch.query_square, scratch.block_max, scratch.block_sum),
+        *(scratch.mean_logits, scratch.query_square, scratch.query_words, scratch.query_step),
+        *(scratch.block_max, scratch.block_sum),
         *(scratch.histogram, scratch.arrived),
         *(shape.capacity, shape.scale, shape.softcap or 1.0),
         **options,

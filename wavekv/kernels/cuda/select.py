@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two
-from wavekv.kernels.step import BIN_SHIFT, COUNT_BLOCK, LEAST, MOST, StepScratch, StepShape
+from wavekv.kernels.step import BIN_SHIFT, COUNT_BLOCK, LEAST, MOST, WIDE, StepScratch, StepShape
 
 _PROBE_BITS = 4
 _LIST_BLOCK = 2048
@@ -156,9 +156,6 @@ def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepSh
     N, rows = shape.capacity, shape.rows
     blocks = triton.cdiv(N, COUNT_BLOCK)
     final = scratch.threshold[1]
-    # with top_p the last rank taken may be anywhere above the threshold
-    bits = BIN_SHIFT if shape.top_p is None else 31
-    rounds = -(-bits // _PROBE_BITS)
     options: dict[str, Any] = dict(BLOCK=COUNT_BLOCK, num_warps=4)
     launch(
         _count,
@@ -174,23 +171,42 @@ def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepSh
         BLOCKS=power_of_two(blocks),
         **options,
     )
-    options = dict(
+    pick(counters, limits, scratch, scratch.chosen, shape)
+
+
+def pick(
+    counters: Tensor,
+    limits: Tensor,
+    scratch: StepScratch,
+    chosen: Tensor,
+    shape: StepShape,
+    *,
+    wide: bool = False,
+) -> None:
+    """The last step of `select`: from what is listed into `chosen` [B, Hkv, M]. A wide choice is of
+    `limits[WIDE]` pages, whatever top_p says."""
+    top_p = None if wide else shape.top_p
+    # with top_p the last rank taken may be anywhere above the threshold
+    rounds = -(-(BIN_SHIFT if top_p is None and not shape.is_wide else 31) // _PROBE_BITS)
+    blocks = triton.cdiv(shape.capacity, COUNT_BLOCK)
+    options: dict[str, Any] = dict(
         LEAST_LIMIT=LEAST,
-        MOST_LIMIT=MOST,
-        TOP_P=shape.top_p is not None,
+        MOST_LIMIT=WIDE if wide else MOST,
+        TOP_P=top_p is not None,
         BLOCKS=power_of_two(blocks),
         COUNT=COUNT_BLOCK,
-        BLOCK=min(_LIST_BLOCK, power_of_two(N)),
+        BLOCK=min(_LIST_BLOCK, power_of_two(shape.capacity)),
         PROBES=1 << _PROBE_BITS,
         WIDTH=1 << (rounds * _PROBE_BITS),
         ROUNDS=rounds,
-        PAD=power_of_two(shape.most),
+        PAD=power_of_two(chosen.shape[2]),
         num_warps=8,
     )
     launch(
         _pick,
-        (rows,),
-        *(counters, limits, final, scratch.block_count, scratch.listed, scratch.listed_rank),
-        *(scratch.chosen, N, shape.most, (shape.top_p or 1.0) * shape.group),
+        (shape.rows,),
+        *(counters, limits, scratch.threshold[1], scratch.block_count),
+        *(scratch.listed, scratch.listed_rank, chosen, shape.capacity, chosen.shape[2]),
+        (top_p or 1.0) * shape.group,
         **options,
     )

@@ -97,7 +97,7 @@ def fetch(arena: StepArena, pool: StepPool, scratch: StepScratch, shape: StepSha
         _fetch,
         (_PROGRAMS,),
         *(scratch.victims, scratch.wanted, scratch.num_misses, arena.chunks, words),
-        *(arena.pages_per_chunk, shape.slots, shape.misses),
+        *(arena.pages_per_chunk, shape.slots, scratch.victims.shape[2]),
         **options,
     )
 

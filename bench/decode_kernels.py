@@ -1,0 +1,218 @@
+"""Each kernel of the decode step by itself: time, and bytes over the time, beside a device copy.
+
+    python bench/decode_kernels.py --contexts 131072 524288
+
+The layer is that of Llama-3.1-8B (Hq 32, Hkv 8, D 128, bfloat16), pages of 8 tokens, random keys. Bytes are
+those that the kernel cannot avoid: what it reads and writes of pages, statistics, codes and scatter,
+without its working memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine_record
+from torch import Tensor
+
+from wavekv.index import encode_keys, page_scatter, page_statistics
+from wavekv.kernels import cuda
+from wavekv.kernels.step import (
+    StepArena,
+    StepPages,
+    StepShape,
+    StepSteady,
+    empty_pool,
+    empty_scratch,
+    empty_totals,
+)
+
+KV_HEADS, GROUP, DIM, PAGE, SPAN = 8, 4, 128, 8, 1024
+DTYPE = torch.bfloat16
+
+
+def random_pages(num_pages: int, device: torch.device, seed: int = 0) -> tuple[StepPages, Tensor]:
+    """Statistics and codes of random pages, and the pages [Hkv, N, 2, P, D]."""
+    random = torch.Generator(device).manual_seed(seed)
+    parts: list[tuple[Tensor, ...]] = []
+    pages = torch.empty(KV_HEADS, num_pages, 2, PAGE, DIM, dtype=DTYPE, device=device)
+    counts = torch.full((KV_HEADS, num_pages), PAGE, dtype=torch.int32, device=device)
+    for first in range(0, num_pages, SPAN):
+        n = min(SPAN, num_pages - first)
+        size = (KV_HEADS, n, PAGE, DIM)
+        centres = torch.randn(KV_HEADS, n, 1, DIM, generator=random, device=device)
+        keys = (centres + 0.6 * torch.randn(size, generator=random, device=device)).to(DTYPE)
+        noise = torch.randn(size, generator=random, device=device)
+        values = (0.3 * keys.float() + noise).to(DTYPE)
+        here = counts[:, first : first + n]
+        statistics = page_statistics(keys, values, here, dtype=DTYPE)
+        codes = encode_keys(keys, statistics.mean, here)
+        scatter = page_scatter(keys, values, here).unsqueeze(1)
+        parts.append((*statistics, *codes, scatter))
+        pages[:, first : first + n] = torch.stack([keys, values], 2)
+    mean, variance, value_mean, code, scale, page_scale, scatter = (
+        torch.cat(part, 1)[None] for part in zip(*parts, strict=True)
+    )
+    ids = torch.arange(KV_HEADS * num_pages, device=device).view(1, KV_HEADS, num_pages)
+    summary = mean, variance, value_mean, code, scale, page_scale, scatter
+    return StepPages(counts[None], *summary, ids), pages
+
+
+def median_ms(run: Callable[[], None], repeats: int = 20) -> float:
+    """Median of replays of a graph of one call, in ms, with the L2 cache emptied before each."""
+    flush = torch.empty(64 << 20, dtype=torch.float32, device="cuda")
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a device copy, bytes read and written."""
+    source = torch.randn(1 << 30, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
+
+
+def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
+    """Time every kernel at one context length."""
+    device = torch.device("cuda")
+    N = context // PAGE
+    most = max(1, int(budget * N))
+    slots, ring = 3 * most, 576
+    shape = StepShape(
+        batch=1,
+        kv_heads=KV_HEADS,
+        group=GROUP,
+        head_dim=DIM,
+        page_size=PAGE,
+        capacity=N,
+        most=most,
+        slots=slots,
+        misses=most,
+        sinks=4,
+        ring=ring,
+        span_pages=SPAN,
+        scale=DIM**-0.5,
+    )
+    pages, data = random_pages(N, device)
+    host = torch.empty(data.flatten(0, 1).shape, dtype=DTYPE, pin_memory=True)
+    host.copy_(data.flatten(0, 1))
+    del data
+    arena = StepArena(torch.tensor([host.data_ptr()], device=device), len(host), [host])
+    pool, scratch = empty_pool(shape, DTYPE, device), empty_scratch(shape, device)
+    totals = empty_totals(shape, device)
+    counters = torch.tensor([context, 1, N, context - 300], dtype=torch.int32, device=device)
+    limits = torch.tensor([8, most, refine * most, most], dtype=torch.int32, device=device)
+    local = torch.randn(2, 1, KV_HEADS, 4 + ring, DIM, device=device).to(DTYPE)
+    valid = torch.ones(1, 4 + ring, dtype=torch.bool, device=device)
+    steady = StepSteady(local[0], local[1], valid)
+    query = torch.randn(1, KV_HEADS * GROUP, DIM, device=device).to(DTYPE)
+    new = torch.randn(1, KV_HEADS, DIM, device=device).to(DTYPE)
+    one = torch.ones(1, dtype=torch.bool, device=device)
+
+    def resolve_anew() -> None:
+        counters[:2] += 1
+        pool.table.fill_(-1)
+        pool.owner.fill_(-1)
+        pool.age.fill_(-1)
+        cuda.resolve(pages, pool, counters, scratch, totals, shape)
+
+    page_bytes = 4 * PAGE * DIM
+    candidates = min(N, refine * most) if refine * most and most < N else 0
+    runs: dict[str, tuple[Callable[[], None], int]] = {
+        "score": (
+            lambda: cuda.score(query, new, new, one, steady, pages, counters, scratch, shape),
+            KV_HEADS * N * (2 * DIM + 8 + 4 * GROUP),
+        ),
+        "rank candidates": (
+            lambda: cuda.rank_pages(pages, counters, limits, scratch, shape, is_final=False),
+            KV_HEADS * N * (4 * GROUP + 12),
+        ),
+        "refine": (
+            lambda: cuda.refine(query, pages, counters, scratch, shape),
+            KV_HEADS * (candidates * (PAGE * (DIM // 2 + 1) + 4) + N * (12 + 12 * GROUP)),
+        ),
+        "rank": (
+            lambda: cuda.rank_pages(pages, counters, limits, scratch, shape, is_final=True),
+            KV_HEADS * N * (4 * GROUP + 4),
+        ),
+        "select": (lambda: cuda.select(counters, limits, scratch, shape), KV_HEADS * N * 9),
+        "resolve": (
+            lambda: cuda.resolve(pages, pool, counters, scratch, totals, shape),
+            KV_HEADS * (most * 28 + slots * 4),
+        ),
+        "resolve all misses (with resets)": (resolve_anew, KV_HEADS * (most * 28 + slots * 4)),
+        "fetch": (
+            lambda: cuda.fetch(arena, pool, scratch, shape),
+            KV_HEADS * most * page_bytes,
+        ),
+        "attend steady": (
+            lambda: cuda.attend(query, steady, pool, counters, scratch, shape, pages=False),
+            KV_HEADS * 300 * 4 * DIM,
+        ),
+        "attend pages": (
+            lambda: cuda.attend(query, steady, pool, counters, scratch, shape, pages=True),
+            KV_HEADS * most * page_bytes,
+        ),
+        "value_slope": (
+            lambda: cuda.value_slope(query, pages, counters, scratch, shape),
+            KV_HEADS * pages.scatter.shape[2] * 8 * DIM * DIM,
+        ),
+        "estimate": (
+            lambda: cuda.estimate(pages, counters, scratch, shape),
+            KV_HEADS * N * (2 * DIM + 8 * GROUP + 1),
+        ),
+        "merge": (lambda: cuda.merge(counters, scratch, totals, None, shape), 0),
+    }
+    figures: dict[str, Any] = {}
+    for name, (run, num_bytes) in runs.items():
+        if name == "fetch":
+            resolve_anew()
+        ms = median_ms(run)
+        figures[name] = {"ms": ms, "bytes": num_bytes, "GB/s": num_bytes / ms / 1e6}
+    return {"context": context, "refine": refine, "budget": budget, "kernels": figures}
+
+
+def main() -> None:
+    """Measure, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[131072, 524288])
+    parser.add_argument("--budget", type=float, default=0.02)
+    parser.add_argument("--refine", type=int, default=32)
+    parser.add_argument("--json", type=Path, default=Path("bench/results/decode_kernels.json"))
+    arguments = parser.parse_args()
+    bandwidth = copy_bandwidth()
+    print(f"device copy {bandwidth:.0f} GB/s")
+    results = []
+    for context in arguments.contexts:
+        result = measure(context, arguments.refine, arguments.budget)
+        results.append(result)
+        for name, figure in result["kernels"].items():
+            print(
+                f"{context:8d} {name:34s} {figure['ms'] * 1e3:8.1f} us {figure['GB/s']:8.0f} GB/s "
+                f"{figure['GB/s'] / bandwidth:6.1%}",
+                flush=True,
+            )
+    record = {"machine": machine_record(), "copy_GB/s": bandwidth, "results": results}
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

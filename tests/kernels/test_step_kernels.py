@@ -1,0 +1,116 @@
+"""Every Triton kernel of a decode step against its torch twin: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from step_cases import Case, copied, make_case, run_step
+
+from wavekv.kernels import step_reference
+from wavekv.kernels.step import CLOCK, END
+
+pytest.importorskip("triton")
+cuda = pytest.importorskip("wavekv.kernels.cuda")
+
+DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
+# the interpreter multiplies bfloat16 wrongly
+DTYPES = (
+    [torch.bfloat16, torch.float16, torch.float32] if torch.cuda.is_available() else [torch.float32]
+)
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"softcap": 5.0, "spread": 2.0},
+    "top_p": {"top_p": 0.6, "spread": 3.0, "scale": 0.3},
+    "top_p at the floor": {"top_p": 0.01, "least": 7},
+    "first moment": {"tail": "first"},
+    "no estimate": {"tail": "none"},
+    "head of 80, no group": {"head_dim": 80, "group": 1},
+    "head of 96, group of 7, two sequences": {"head_dim": 96, "group": 7, "batch": 2},
+    "head of 128, pages of 16": {"head_dim": 128, "page_size": 16},
+    "head of 256": {"head_dim": 256, "kv_heads": 1},
+    "pages of 4": {"page_size": 4},
+    "few misses allowed": {"misses": 5},
+    "all pages chosen": {"most": 256, "slots": 256, "misses": 256},
+    "no candidates": {"candidates": 0},
+    "no pages": {"num_pages": 0},
+    "one page": {"num_pages": 1},
+    "one page of many": {"num_pages": 256, "most": 1, "least": 1, "slots": 3},
+    "spans of 160": {"span_pages": 160, "capacity": 320, "num_pages": 300},
+    "equal ranks": {"scale": 0.0},
+    "sharp": {"scale": 4.0, "spread": 4.0},
+    "many pages": {"num_pages": 2900, "capacity": 3000, "most": 130, "slots": 300, "misses": 130},
+}
+
+
+def poison(case: Case) -> None:
+    """What a step must write before it is read."""
+    for part in case.scratch:
+        if part.dtype.is_floating_point:
+            part.fill_(torch.nan)
+        elif part.dtype in (torch.int32, torch.int64):
+            part.fill_(-7)
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_step_as_twin(name: str, device: str, dtype: torch.dtype) -> None:
+    twin = make_case(device=device, dtype=dtype, **CASES[name])
+    case = copied(twin)
+    poison(case)
+    expected, out = run_step(step_reference, twin), run_step(cuda, case)
+    n = int(twin.counters[2])
+    assert difference(out, expected) < TOLERANCE[dtype]
+    same = (case.scratch.chosen == twin.scratch.chosen).float().mean()
+    # in half precision ranks that are close may change places
+    assert same == 1 if dtype == torch.float32 else same > 0.9
+    if dtype == torch.float32:
+        for part in ("slots", "tokens", "num_misses"):
+            assert torch.equal(getattr(case.scratch, part), getattr(twin.scratch, part))
+        assert torch.equal(case.scratch.attended[..., :n], twin.scratch.attended[..., :n])
+        for ours, theirs in zip(case.pool, twin.pool, strict=True):
+            assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+        assert torch.equal(case.totals.paging, twin.totals.paging)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_in_a_row(device: str) -> None:
+    twin = make_case(3, device=device, misses=20)
+    case = copied(twin)
+    sinks = torch.linspace(-2, 2, twin.query.shape[1], device=device)
+    random = torch.Generator().manual_seed(5)
+    for _ in range(4):
+        move = torch.randn(twin.query.shape, generator=random).to(device)
+        outs = []
+        for each, ops in ((twin, step_reference), (case, cuda)):
+            each.query.copy_(0.7 * each.query + 0.7 * move)
+            outs.append(run_step(ops, each, sinks))
+            each.counters[END] += 1
+            each.counters[CLOCK] += 1
+        assert difference(outs[1], outs[0]) < TOLERANCE[torch.float32]
+        for ours, theirs in zip(case.pool[1:], twin.pool[1:], strict=True):
+            assert torch.equal(ours, theirs)
+    assert int(twin.totals.paging[..., 0].sum()) > 0
+    assert torch.allclose(case.totals.tail_mass, twin.totals.tail_mass, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_store_as_twin(device: str) -> None:
+    case = make_case(4, device=device)
+    width = case.pool.pages.shape[4:]
+    pages = torch.randn(40, 2, *width, device=device)
+    ids = torch.randperm(2 * case.arena.pages_per_chunk)[:40].to(device)
+    cuda.store(pages, ids, case.arena)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    for page, arena_id in zip(pages.cpu(), ids.tolist(), strict=True):
+        chunk, slot = divmod(arena_id, case.arena.pages_per_chunk)
+        assert torch.equal(case.arena.memory[chunk][slot], page)

@@ -1,0 +1,143 @@
+"""Decode steps in a CUDA graph: the same tokens as without one, whatever comes in between."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCAB, make_model, prompt
+from torch import Tensor
+
+from wavekv import OffloadConfig, OffloadedCache, OffloadedKV
+
+pytestmark = pytest.mark.gpu
+
+SMALL = OffloadConfig(
+    budget=1.0, page_size=4, append_segment=16, segment=64, window=8, num_sink_tokens=4
+)
+DEVICE = torch.device("cuda")
+
+
+def wrap(model_type: str = "llama", **overrides: Any) -> OffloadedKV:
+    return OffloadedKV(make_model(model_type).to(DEVICE), SMALL, **overrides)
+
+
+def generated(model: OffloadedKV, ids: Tensor, cache: OffloadedCache, **options: Any) -> Tensor:
+    settings = {"max_new_tokens": 60, "do_sample": False, "past_key_values": cache} | options
+    return model.generate(ids, **settings)
+
+
+def is_captured(cache: OffloadedCache) -> bool:
+    assert cache.steps is not None
+    return cache.steps._graph is not None and cache.steps.refusal is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi3"])
+@pytest.mark.parametrize("prefetch", ["none", "runners-up", "early"])
+def test_tokens_as_without_a_graph(model_type: str, prefetch: str) -> None:
+    ids = prompt(2, 150).to(DEVICE)
+    eager, graph = wrap(model_type, capture=False), wrap(model_type, prefetch=prefetch)
+    expected = generated(eager, ids, eager.new_cache())
+    cache = graph.new_cache()
+    assert torch.equal(generated(graph, ids, cache), expected)
+    assert is_captured(cache)
+    statistics = cache.stats()
+    assert statistics["tokens"] == ids.shape[1] + 59
+    assert statistics["decode_steps"] == 60
+
+
+def test_padded_batch() -> None:
+    ids = prompt(3, 120).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    mask[1, :2] = 0
+    eager, graph = wrap(capture=False), wrap()
+    cache = graph.new_cache()
+    expected = generated(eager, ids, eager.new_cache(), attention_mask=mask)
+    assert torch.equal(generated(graph, ids, cache, attention_mask=mask), expected)
+    assert is_captured(cache)
+
+
+def test_second_turn_fork_and_crop() -> None:
+    ids = prompt(1, 100).to(DEVICE)
+    caches, answers = [], []
+    for model in (wrap(capture=False), wrap()):
+        cache = model.new_cache()
+        first = generated(model, ids, cache)
+        fork = cache.fork()
+        more = torch.cat([first, prompt(1, 30).to(DEVICE)], 1)
+        second = generated(model, more, cache)
+        third = generated(model, more[:, :-3], fork)
+        fork.crop(-20)
+        fourth = generated(model, third[:, :-15], fork)
+        answers.append((first, second, third, fourth))
+        caches.append((cache, fork))
+    for expected, got in zip(*answers, strict=True):
+        assert torch.equal(got, expected)
+    for eager, graph in zip(*caches, strict=True):
+        assert eager.get_seq_length() == graph.get_seq_length()
+        arena = graph.offloaded_layers[0].context.paged.arena
+        arena.check_integrity()
+
+
+def test_calls_of_the_wrapper_take_captured_steps() -> None:
+    ids = prompt(1, 100).to(DEVICE)
+    outs = []
+    for model in (wrap(capture=False), wrap()):
+        cache = model.new_cache()
+        logits = [model.prefill(ids, cache)]
+        for _ in range(40):
+            token = logits[-1].argmax(-1, keepdim=True)
+            with torch.no_grad():
+                logits.append(model(input_ids=token, past_key_values=cache).logits[:, -1])
+        outs.append(torch.stack(logits))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-3)
+    assert is_captured(cache)
+
+
+def test_beams_are_never_captured() -> None:
+    ids = prompt(1, 80).to(DEVICE)
+    eager, graph = wrap(capture=False), wrap()
+    cache = graph.new_cache()
+    expected = generated(eager, ids, eager.new_cache(), num_beams=2, max_new_tokens=10)
+    assert torch.equal(
+        generated(graph, ids, cache, num_beams=2, max_new_tokens=10), expected
+    )
+    assert not is_captured(cache)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_moe", "qwen3_next"])
+def test_what_cannot_be_captured_says_why(
+    model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = prompt(1, 80).to(DEVICE)
+    eager, graph = wrap(model_type, capture=False), wrap(model_type)
+    cache = graph.new_cache()
+    with caplog.at_level(logging.INFO, logger="wavekv"):
+        expected = generated(eager, ids, eager.new_cache())
+        assert torch.equal(generated(graph, ids, cache), expected)
+    if not is_captured(cache):
+        assert "without a CUDA graph" in caplog.text
+        assert cache.steps is not None
+        assert cache.steps.refusal
+
+
+def test_room_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wavekv.offload.engine.ROOM_TOKENS", 32)
+    ids = prompt(1, 100).to(DEVICE)
+    eager, graph = wrap(capture=False), wrap()
+    expected = generated(eager, ids, eager.new_cache(), max_new_tokens=150)
+    cache = graph.new_cache()
+    assert torch.equal(generated(graph, ids, cache, max_new_tokens=150), expected)
+    assert int(expected.max()) < VOCAB
+
+
+def test_a_short_prompt_grows_into_pages() -> None:
+    ids = prompt(1, 10).to(DEVICE)
+    eager, graph = wrap(capture=False), wrap()
+    expected = generated(eager, ids, eager.new_cache(), max_new_tokens=120)
+    cache = graph.new_cache()
+    assert torch.equal(generated(graph, ids, cache, max_new_tokens=120), expected)
+    assert cache.stats()["pages"] > 0

@@ -1,0 +1,231 @@
+"""A decode engine on the torch twins of its kernels, against the same steps taken one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from offload_cases import SMALL, D
+from torch import Tensor
+
+from wavekv.config import OffloadConfig
+from wavekv.errors import CapacityError
+from wavekv.kernels import step_reference
+from wavekv.offload import LayerContext, Logits, OffloadRuntime
+from wavekv.offload.engine import DecodeEngine, engine_refusal
+
+LOGITS = Logits(D**-0.5)
+HQ, HKV, LAYERS = 4, 2, 2
+
+
+class Steps:
+    """Random tokens for a stack of layers."""
+
+    def __init__(self, seed: int, batch: int = 1) -> None:
+        self.random, self.batch = torch.Generator().manual_seed(seed), batch
+
+    def draw(self, heads: int, tokens: int = 1) -> Tensor:
+        return torch.randn(self.batch, heads, tokens, D, generator=self.random)
+
+    def token(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        return [(self.draw(HQ), self.draw(HKV), self.draw(HKV)) for _ in range(LAYERS)]
+
+
+def prefilled(steps: Steps, length: int, padding: int = 0, **chosen: object) -> list[LayerContext]:
+    """Contexts of `length` tokens; the first `padding` of the first sequence are none."""
+    runtime = OffloadRuntime(OffloadConfig(**(SMALL | chosen)))  # type: ignore[arg-type]
+    valid = None
+    if padding:
+        valid = torch.ones(steps.batch, length, dtype=torch.bool)
+        valid[0, :padding] = False
+    contexts = []
+    for _ in range(LAYERS):
+        q, k, v = (steps.draw(heads, length) for heads in (HQ, HKV, HKV))
+        context = LayerContext(runtime, k, v)
+        runtime.is_prefilling = True
+        context.attend(q, k, v, valid, LOGITS)
+        runtime.is_prefilling = False
+        context.page_out()
+        contexts.append(context)
+    return contexts
+
+
+def eager_step(
+    contexts: list[LayerContext], token: list[tuple[Tensor, Tensor, Tensor]]
+) -> list[Tensor]:
+    return [
+        context.attend(*each, None, LOGITS)
+        for context, each in zip(contexts, token, strict=True)
+    ]
+
+
+def engine_step(engine: DecodeEngine, token: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    engine.before_step()
+    outs = [engine.attend(i, *each, LOGITS, None).clone() for i, each in enumerate(token)]
+    engine.advance()
+    engine.after_step()
+    engine.check_integrity()
+    return outs
+
+
+def forked(contexts: list[LayerContext]) -> list[LayerContext]:
+    runtime = contexts[0].runtime.fork(contexts[0].runtime.config)
+    return [context.fork(runtime) for context in contexts]
+
+
+def started(
+    steps: Steps, length: int, padding: int = 0, **chosen: object
+) -> tuple[list[LayerContext], list[LayerContext]]:
+    """The same contexts twice, with a decode step behind them."""
+    contexts = prefilled(steps, length, padding, **chosen)
+    eager_step(contexts, steps.token())
+    copies = forked(contexts)
+    for copy, context in zip(copies, contexts, strict=True):
+        context.settle()
+        copy.counters.last_query = context.counters.last_query
+    return contexts, copies
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"budget": 1.0},
+        {"budget": 0.2, "top_p": 0.5},
+        {"tail_estimate": "first"},
+        {"tail_estimate": "none"},
+        {"refine": 1},
+        {"budget": 8, "device_budget": 4096},
+        {"prefetch": "runners-up"},
+    ],
+    ids=str,
+)
+def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
+    steps = Steps(0)
+    taken, contexts = started(steps, 150, **({"budget": 0.1} | chosen))
+    assert engine_refusal(taken) is None
+    engine = DecodeEngine(taken, step_reference)
+    for _ in range(60):
+        token = steps.token()
+        for ours, theirs in zip(
+            engine_step(engine, token), eager_step(contexts, token), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    engine.give_back()
+    for one, other in zip(taken, contexts, strict=True):
+        other.settle()
+        assert one.num_tokens == other.num_tokens
+        assert one.paged.segments == other.paged.segments
+        assert one.steady.start == other.steady.start
+        end = one.paged.num_tokens
+        for mine, expected in zip(one.paged.recover(0, end), other.paged.recover(0, end), strict=True):
+            assert torch.equal(mine, expected)
+        for name in ("counts", "token_ids", "mean", "codes", "code_scale", "value_mean"):
+            assert torch.equal(getattr(one.paged, name).view, getattr(other.paged, name).view)
+        torch.testing.assert_close(one.paged.scatter.spans.view, other.paged.scatter.spans.view)
+        assert torch.equal(one.steady.keys.view, other.steady.keys.view)
+        assert one.counters.steps == other.counters.steps
+        one.paged.arena.check_integrity()
+    for _ in range(20):
+        token = steps.token()
+        for ours, theirs in zip(eager_step(taken, token), eager_step(contexts, token), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**20),
+    batch=st.integers(1, 3),
+    length=st.integers(30, 200),
+    padding=st.integers(0, 12),
+    before=st.integers(0, 40),
+    after=st.integers(0, 40),
+    cut=st.integers(0, 60),
+)
+def test_any_length_padding_and_crop(
+    seed: int, batch: int, length: int, padding: int, before: int, after: int, cut: int
+) -> None:
+    """With a budget of everything a step is full attention: whatever is lost or doubled shows."""
+    steps = Steps(seed, batch)
+    taken, contexts = started(steps, length, padding, budget=1.0)
+    for count in (before, after):
+        engine = DecodeEngine(taken, step_reference)
+        for _ in range(count):
+            if engine.is_full:
+                break
+            token = steps.token()
+            for ours, theirs in zip(
+                engine_step(engine, token), eager_step(contexts, token), strict=True
+            ):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+        engine.give_back()
+        for context in (*taken, *contexts):
+            context.settle()
+            context.truncate(max(1, context.num_tokens - cut))
+            context.page_out()
+            context.settle()
+
+
+def test_misses_beyond_the_cap_are_estimated() -> None:
+    steps = Steps(1)
+    taken, contexts = started(steps, 200, budget=0.5, max_misses=2)
+    engine = DecodeEngine(taken, step_reference)
+    token = steps.token()
+    ours, theirs = engine_step(engine, token), eager_step(contexts, token)
+    paging = engine.layers[0].totals.paging
+    assert (paging[..., 1] == 2).all()
+    assert (paging[..., 2] > 0).all()
+    assert all(bool(out.isfinite().all()) for out in ours)
+    assert not torch.allclose(ours[0], theirs[0], rtol=1e-4)
+    for _ in range(20):
+        engine_step(engine, token)
+    # by then the pages of this query are there
+    assert (paging[..., 0] > 0).all()
+
+
+def test_device_budget_too_small() -> None:
+    taken, contexts = started(Steps(2), 200, budget=0.5, device_budget=256)
+    with pytest.raises(CapacityError, match="raise device_budget"):
+        DecodeEngine(taken, step_reference)
+    token = Steps(3).token()
+    for ours, theirs in zip(eager_step(taken, token), eager_step(contexts, token), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_host_budget_runs_out_between_steps() -> None:
+    steps = Steps(4)
+    taken, _ = started(steps, 100, cpu_budget=1 << 20)
+    engine = DecodeEngine(taken, step_reference)
+    arena = taken[0].paged.arena
+    arena.allocate(arena.capacity - arena.num_pages)
+    arena.budget.limit = arena.budget.used
+    with pytest.raises(CapacityError, match="cpu_budget"):
+        for _ in range(40):
+            engine_step(engine, steps.token())
+    length = engine.num_tokens
+    engine.give_back()
+    assert all(context.num_tokens == length for context in taken)
+
+
+def test_refusals() -> None:
+    steps = Steps(5)
+    contexts = prefilled(steps, 100)
+    assert engine_refusal([None, *contexts]) == "some layers hold no tokens yet"
+    assert engine_refusal(contexts) == "no decode step has run yet"
+    eager_step(contexts, steps.token())
+    assert engine_refusal(contexts) is None
+    exact = prefilled(steps, 100, mode="exact")
+    eager_step(exact, steps.token())
+    assert engine_refusal(exact) == 'mode is "exact"'
+
+
+def test_integrity_check_sees_a_wrong_table() -> None:
+    steps = Steps(6)
+    taken, _ = started(steps, 150, budget=0.2)
+    engine = DecodeEngine(taken, step_reference)
+    engine_step(engine, steps.token())
+    table = engine.layers[1].pool.table
+    table[0, 1, int((table[0, 1] >= 0).nonzero()[0])] = -1
+    with pytest.raises(RuntimeError, match="layer 1, sequence 0, KV head 1"):
+        engine.check_integrity()

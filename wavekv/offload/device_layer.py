@@ -1,0 +1,121 @@
+"""One layer while a decode engine has it: its context in buffers of fixed capacity, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wavekv.growing import GrowingTensor
+from wavekv.kernels.step import (
+    StepPages,
+    StepPool,
+    StepShape,
+    StepSteady,
+    StepTotals,
+    empty_pool,
+    empty_totals,
+)
+from wavekv.offload.context import LayerContext
+from wavekv.offload.paged import PagedZone
+
+
+class GrownPages(NamedTuple):
+    """Pages that an engine appended to the buffers of all layers; on the host."""
+
+    end: int
+    """The position behind their last token."""
+    page_ids: Tensor
+    """[layers, B, Hkv, n] int64 arena ids."""
+    counts: Tensor
+    """[layers, B, Hkv, n] int32"""
+    token_ids: Tensor
+    """[layers, B, Hkv, n, P] int32"""
+
+
+class DeviceLayer:
+    """The tensors that a step of one layer works on."""
+
+    def __init__(self, context: LayerContext, steady: StepSteady, shape: StepShape) -> None:
+        """The index of `context` gets buffers of `shape.capacity` pages; its local tokens are copied
+        to `steady`, all of it at once."""
+        self.context, self.steady = context, steady
+        zone = context.steady
+        self.pages = fitted_pages(context.paged, shape)
+        self.pool: StepPool = empty_pool(shape, zone.keys.view.dtype, zone.keys.view.device)
+        self.totals: StepTotals = empty_totals(shape, zone.keys.view.device)
+        A = shape.sinks
+        slots = A + torch.arange(zone.start, zone.end, device=steady.keys.device) % shape.ring
+        for mine, theirs in ((steady.keys, zone.keys.view), (steady.values, zone.values.view)):
+            mine[:, :, :A] = theirs[:, :, :A]
+            mine[:, :, slots] = theirs[:, :, A:]
+        steady.valid[:, :A] = zone.valid.view[:, :A]
+        steady.valid[:, slots] = zone.valid.view[:, A:]
+
+    def give_back(
+        self, number: int, grown: list[GrownPages], start: int, end: int, shape: StepShape
+    ) -> None:
+        """Bring the context to where the steps left it. number: which layer this is of `grown`."""
+        paged = self.context.paged
+        for pages in grown:
+            n = pages.page_ids.shape[-1]
+            for part in device_parts(paged):
+                part.claim(n)
+            paged.page_ids.append(pages.page_ids[number])
+            paged.counts.append(pages.counts[number])
+            paged.token_ids.append(pages.token_ids[number])
+            paged.segments.append((pages.end, paged.num_pages))
+        spans = -(-paged.num_pages // shape.span_pages)
+        paged.scatter.spans.claim(spans - len(paged.scatter.spans))
+        zone = self.context.steady
+        slots = torch.arange(start, end, device=self.steady.keys.device) % shape.ring
+        slots += shape.sinks
+        zone.restart(
+            start,
+            end,
+            self.steady.keys[:, :, slots],
+            self.steady.values[:, :, slots],
+            self.steady.valid[:, slots],
+        )
+
+    def count(self, steps: int, num_tokens: float, grown: list[GrownPages]) -> None:
+        """Add what `steps` steps over about `num_tokens` tokens did to the context's counters."""
+        counters, totals = self.context.counters, self.totals
+        page_bytes = self.context.paged.arena.layout.page_bytes
+        counters.steps += steps
+        retrieved = totals.paging[..., 3].double().mean() / num_tokens
+        counters.retrieved_share = counters.retrieved_share + retrieved
+        counters.tail_mass = counters.tail_mass + totals.tail_mass.mean()
+        fetched = int(totals.paging[..., [1, 4]].sum())
+        counters.bytes_to_device += fetched * page_bytes
+        pages = sum(pages.page_ids[0].numel() for pages in grown)
+        counters.bytes_to_host += pages * page_bytes
+
+
+def device_parts(paged: PagedZone) -> tuple[GrowingTensor, ...]:
+    """What the device holds of every page, as `StepPages` orders it."""
+    return (
+        paged.device_counts,
+        paged.mean,
+        paged.variance,
+        paged.value_mean,
+        paged.codes,
+        paged.code_scale,
+        paged.page_scale,
+    )
+
+
+def fitted_pages(paged: PagedZone, shape: StepShape) -> StepPages:
+    """The index of `paged` in buffers of exactly `shape.capacity` pages, in place."""
+    for part in device_parts(paged):
+        part.fit(shape.capacity)
+    spans = paged.scatter.spans
+    spans.fit(-(-shape.capacity // shape.span_pages))
+    # pages to come are added to their span
+    spans.buffer[:, :, len(spans) :] = 0
+    ids = paged.page_ids.view
+    arena_ids = torch.zeros(*ids.shape[:2], shape.capacity, dtype=torch.int64)
+    arena_ids[:, :, : ids.shape[2]] = ids
+    buffers = (part.buffer for part in device_parts(paged))
+    return StepPages(*buffers, spans.buffer, arena_ids.to(spans.buffer.device))

@@ -1,0 +1,439 @@
+"""Decode steps decided on the device: no shape depends on data and nothing waits for the host, so a
+CUDA graph can hold the steps of all layers.
+
+An engine takes the contexts of a cache over into buffers of fixed capacity, runs steps on them, and
+gives them back as if the steps had run one by one. Per layer a step is score, rank, refine, rank,
+select, resolve, fetch, attend, estimate, merge (`wavekv.kernels.cuda`). Pages missing from the pool are
+fetched on a second stream while the others are estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from wavekv.config import parse_size
+from wavekv.errors import CapacityError
+from wavekv.index.retrieval import Logits
+from wavekv.kernels.step import (
+    CANDIDATES,
+    CLOCK,
+    END,
+    LEAST,
+    MOST,
+    PAGES,
+    START,
+    WIDE,
+    StepArena,
+    StepScratch,
+    StepShape,
+    StepSteady,
+    empty_scratch,
+)
+from wavekv.offload.budget import page_limits
+from wavekv.offload.context import LayerContext
+from wavekv.offload.device_layer import DeviceLayer, GrownPages
+from wavekv.offload.growth import Growth
+
+ROOM_TOKENS = 8192
+"""Tokens that the buffers of an engine have room for; then it is made anew."""
+POOL_BUDGETS = 3
+"""Slots of the page pool, in budgets, unless `device_budget` allows fewer."""
+RUNNERS_UP = 1.25
+"""Pages that are made resident for the next step, as a multiple of the budget."""
+_HOST_ROOM_TOKENS = 2048
+"""Tokens whose pages have room in the host arena from the start: pinning takes 0.7 s for a GiB."""
+
+
+def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
+    """Why an engine cannot take these contexts over; None if it can."""
+    made = [context for context in contexts if context is not None]
+    if not made or len(made) < len(contexts):
+        return "some layers hold no tokens yet"
+    first = made[0]
+    queries = [context.counters.last_query for context in made]
+    if first.runtime.config.mode != "retrieval":
+        return f'mode is "{first.runtime.config.mode}"'
+    if any(query is None for query in queries):
+        return "no decode step has run yet"
+    kinds = {
+        (context.shape, context.paged.arena, query.shape, query.dtype, query.device)
+        for context, query in zip(made, queries, strict=True)
+        if query is not None
+    }
+    if len(kinds) > 1:
+        return "layers differ in heads, dtype or device"
+    config = first.runtime.config
+    if first.paged.arena.layout.page_bytes % 4:
+        return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
+    if first.steady.num_local > config.window + 2 * config.append_segment:
+        return "too many tokens wait to be paged out"
+    return None
+
+
+class DecodeEngine:
+    """Steps of all layers of a cache. Made by `DecodeEngine(contexts, ops)`; ended by `give_back`."""
+
+    def __init__(self, contexts: Sequence[LayerContext], ops: ModuleType) -> None:
+        """contexts: settled, and such that `engine_refusal` is None. ops: `wavekv.kernels.cuda`, or
+        its twin `wavekv.kernels.step_reference`.
+
+        Raises:
+            CapacityError: device_budget does not hold the pages of one step. The contexts are as they
+                were.
+        """
+        self.ops, self.config = ops, contexts[0].runtime.config
+        zone, paged = contexts[0].steady, contexts[0].paged
+        query = contexts[0].counters.last_query
+        assert query is not None
+        self.device = query.device
+        self.start, self.num_tokens, self.num_pages = zone.start, zone.end, paged.num_pages
+        self.first_token = self.num_tokens
+        self.shape = self._new_shape(contexts, query)
+        self._host_arena = paged.arena
+        self.grown: list[GrownPages] = []
+        self._next_ids: Tensor | None = None
+        segment = self.config.append_segment
+        pages_per_growth = len(contexts) * self.shape.rows * (segment // self.shape.page_size)
+        with suppress(CapacityError):
+            # ahead of time only: pages that are due and do not fit are an error then
+            self._host_arena.reserve(pages_per_growth * max(1, _HOST_ROOM_TOKENS // segment))
+        self._chunks = torch.zeros(
+            self._host_arena.max_chunks, dtype=torch.int64, device=self.device
+        )
+        self.arena = StepArena(
+            self._chunks, self._host_arena.pages_per_chunk, self._host_arena.chunks
+        )
+        self._num_chunks = 0
+        self._refresh_chunks()
+        A, C, D = self.shape.sinks, self.shape.ring, self.shape.head_dim
+        B, H = self.shape.batch, self.shape.kv_heads
+        self.ring = torch.zeros(
+            (len(contexts), 2, B, H, A + C, D), dtype=query.dtype, device=self.device
+        )
+        valid = torch.zeros(B, A + C, dtype=torch.bool, device=self.device)
+        self.new_valid = torch.ones(B, dtype=torch.bool, device=self.device)
+        self.layers = [
+            DeviceLayer(context, StepSteady(self.ring[i, 0], self.ring[i, 1], valid), self.shape)
+            for i, context in enumerate(contexts)
+        ]
+        self.scratch = empty_scratch(self.shape, self.device)
+        self._ahead = self._scratches_ahead()
+        self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)
+        self.limits = torch.zeros(4, dtype=torch.int32, device=self.device)
+        self._limits: tuple[int, int] | None = None
+        self.reset_counters()
+        self._num_growing = 0
+        self.growth = Growth(
+            self.layers, self.ring, self.counters, self.arena, self.shape, segment, ops
+        )
+        self._can_grow = A == 0 or bool(zone.valid.view[:, :A].all())
+        is_cuda = self.device.type == "cuda"
+        self._streams = [torch.cuda.Stream(self.device) for _ in range(3)] if is_cuda else []
+        self._running: set[int] = set()
+        self._held: list[Tensor] = []
+        self.is_stepping = False
+        """Whether attention is to come here: while a step is rehearsed, captured or run."""
+        self.last_queries: dict[int, Tensor] = {}
+        """Of the last step that was not replayed."""
+
+    def __del__(self) -> None:
+        # a cache that goes while its engine has it
+        if hasattr(self, "_next_ids"):
+            for pages in (*(grown.page_ids for grown in self.grown), self._next_ids):
+                if pages is not None:
+                    self._host_arena.drop(pages)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the buffers have no room for another step: time to give back."""
+        if self._num_waiting < self.config.append_segment or self.growth.is_running:
+            return False
+        has_room = self.num_pages + self.growth.num_pages <= self.shape.capacity
+        return not (has_room and self._can_grow)
+
+    def capture_growth(self) -> None:
+        """Prepare appending pages, so that it costs a step nothing."""
+        if self._can_grow:
+            self._next_ids = self._host_arena.allocate(self.growth.num_arena_pages)
+            self._refresh_chunks()
+            self.growth.capture(self._next_ids)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Send the attention of the body here."""
+        self.is_stepping = True
+        try:
+            yield
+        finally:
+            self.is_stepping = False
+
+    def reset(self) -> None:
+        """Forget rehearsals: they wrote where the next step will write, and were counted."""
+        self.reset_counters()
+        self.last_queries.clear()
+        for layer in self.layers:
+            layer.totals.paging.zero_()
+            layer.totals.tail_mass.zero_()
+
+    def reset_counters(self) -> None:
+        """Say to the device where the steps are."""
+        values = torch.zeros(4, dtype=torch.int32)
+        values[END], values[CLOCK] = self.num_tokens, self.num_tokens
+        values[PAGES], values[START] = self.num_pages, self.start
+        self.counters.copy_(values)
+
+    def before_step(self) -> None:
+        """Host work for the next step: the limits of its length, and pages of older tokens.
+
+        Raises:
+            CapacityError: pages that are due do not fit cpu_budget; nothing changed.
+        """
+        limits = page_limits(self.config, self.num_tokens + 1)
+        if limits != self._limits:
+            least, most = limits
+            values = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+            values[LEAST], values[MOST] = least, most
+            values[CANDIDATES] = most * self.config.refine if self.config.refine > 1 else 0
+            values[WIDE] = int(RUNNERS_UP * most) if self.shape.is_wide else most
+            self.limits.copy_(values, non_blocking=True)
+            self._limits = limits
+        self._grow()
+
+    def after_step(self) -> None:
+        """Count the step that was launched."""
+        self.num_tokens += 1
+
+    def attend(
+        self,
+        number: int,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        logits: Logits,
+        sink_logits: Tensor | None,
+    ) -> Tensor:
+        """Layer `number` of a step: take the new token in, attend. query: [B, Hq, 1, D]; keys, values:
+        [B, Hkv, 1, D]. Returns [B, Hq, 1, D] float32, overwritten by the next layer."""
+        layer, scratch, ops = self.layers[number], self.scratch, self.ops
+        shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
+        self.last_queries[number] = query[:, :, 0]
+        q, k, v = (x[:, :, 0].contiguous() for x in (query, keys, values))
+        counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
+        if self.config.prefetch == "early":
+            self._join(2)
+            self._held.clear()
+        ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
+        with self._beside(0):
+            ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
+            if shape.tail == "second":
+                ops.value_slope(q, pages, counters, scratch, shape)
+        ops.rank_pages(pages, counters, limits, scratch, shape, is_final=False)
+        ops.refine(q, pages, counters, scratch, shape)
+        ops.rank_pages(pages, counters, limits, scratch, shape, is_final=True)
+        ops.select(counters, limits, scratch, shape)
+        ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
+        with self._beside(1):
+            ops.fetch(self.arena, pool, scratch, shape)
+        if self.config.prefetch == "runners-up":
+            self._fetch_runners_up(number, shape)
+        self._join(0)
+        ops.estimate(pages, counters, scratch, shape)
+        self._join(1)
+        ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
+        ops.merge(counters, scratch, layer.totals, sink_logits, shape)
+        return scratch.out.unsqueeze(2)
+
+    def prefetch(self, number: int, query: Tensor, logits: Logits) -> None:
+        """Fetch what layer `number` would choose for `query` [B, Hq, 1, D], beside other work."""
+        layer, scratch, ops = self.layers[number], self._ahead[0], self.ops
+        shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
+        counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
+        q = query[:, :, 0].contiguous()
+        # its memory must not be given away before the other stream has read it
+        self._held.append(q)
+        with self._beside(2):
+            ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
+            ops.rank_pages(pages, counters, limits, scratch, shape, is_final=False)
+            ops.refine(q, pages, counters, scratch, shape)
+            ops.rank_pages(pages, counters, limits, scratch, shape, is_final=True)
+            ops.select(counters, limits, scratch, shape)
+            ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
+            ops.fetch(self.arena, pool, scratch, shape)
+
+    def advance(self) -> None:
+        """The end of a step, on the device."""
+        for number in range(len(self._streams)):
+            self._join(number)
+        self.counters[: CLOCK + 1] += 1
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless page tables and pools agree. Waits for the device."""
+        for number, layer in enumerate(self.layers):
+            table, owner = layer.pool.table.cpu(), layer.pool.owner.cpu()
+            B, H, S = owner.shape
+            for b in range(B):
+                for h in range(H):
+                    slots = (owner[b, h] >= 0).nonzero().squeeze(1)
+                    pages = owner[b, h, slots].long()
+                    resident = (table[b, h] >= 0).nonzero().squeeze(1)
+                    is_right = torch.equal(table[b, h, pages].long(), slots)
+                    if not is_right or not torch.equal(resident, pages.sort().values):
+                        raise RuntimeError(
+                            f"pool integrity: layer {number}, sequence {b}, KV head {h}: the page "
+                            f"table names {len(resident)} resident pages, {len(slots)} of {S} slots "
+                            "have owners, and they do not match"
+                        )
+
+    def give_back(self) -> None:
+        """Bring the contexts to where the steps left them. The engine is of no use afterwards."""
+        if self.growth.is_running:
+            self._commit()
+        if self._next_ids is not None:
+            self._host_arena.release(self._next_ids)
+            self._next_ids = None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        steps = self.num_tokens - self.first_token
+        middle = (self.first_token + self.num_tokens + 1) / 2
+        for number, layer in enumerate(self.layers):
+            layer.give_back(number, self.grown, self.start, self.num_tokens, self.shape)
+            layer.count(steps, middle, self.grown)
+        self.grown = []
+
+    @property
+    def _num_waiting(self) -> int:
+        return self.num_tokens - self.start - self._num_growing - self.config.window
+
+    def _grow(self) -> None:
+        growth, segment = self.growth, self.config.append_segment
+        ring_is_full = self.num_tokens - self.start >= self.shape.ring
+        if growth.is_running and (growth.is_done or ring_is_full):
+            self._commit()
+        if growth.is_running or self._num_waiting < segment:
+            return
+        if self.num_pages + growth.num_pages > self.shape.capacity or not self._can_grow:
+            return
+        ids = self._next_ids
+        if ids is None:
+            ids = self._host_arena.allocate(growth.num_arena_pages)
+        self._next_ids = ids
+        self._refresh_chunks()
+        growth.start(ids)
+        self._num_growing = segment
+        if growth.is_done:
+            self._commit()
+
+    def _commit(self) -> None:
+        segment = self.config.append_segment
+        self.start += segment
+        self.num_pages += self.growth.num_pages
+        self.grown.append(self.growth.commit(self.start))
+        self._num_growing, self._next_ids = 0, None
+
+    def _fetch_runners_up(self, number: int, shape: StepShape) -> None:
+        layer, ahead, ops = self.layers[number], self._ahead[number], self.ops
+        ops.pick(self.counters, self.limits, self.scratch, ahead.chosen, shape, wide=True)
+        ops.resolve(
+            layer.pages, layer.pool, self.counters, ahead, layer.totals, shape, is_prefetch=True
+        )
+        with self._beside(2):
+            ops.fetch(self.arena, layer.pool, ahead, shape)
+
+    def _new_shape(self, contexts: Sequence[LayerContext], query: Tensor) -> StepShape:
+        config, (B, H, D) = self.config, contexts[0].shape
+        zone, paged = contexts[0].steady, contexts[0].paged
+        P, heads = config.page_size, query.shape[1]
+        most = page_limits(config, zone.end + ROOM_TOKENS + 1)[1]
+        capacity = paged.num_pages + ROOM_TOKENS // P
+        is_wide = config.prefetch == "runners-up"
+        return StepShape(
+            batch=B,
+            kv_heads=H,
+            group=heads // H,
+            head_dim=D,
+            page_size=P,
+            capacity=capacity,
+            most=min(most, capacity),
+            slots=self._num_slots(contexts, min(most, capacity)),
+            misses=max(1, min(most, capacity, config.max_misses or most)),
+            sinks=zone.num_sink_slots,
+            ring=config.window + 2 * config.append_segment,
+            span_pages=paged.scatter.span_pages,
+            scale=1.0,
+            top_p=config.top_p,
+            tail=config.tail_estimate,
+            is_wide=is_wide,
+        )
+
+    def _num_slots(self, contexts: Sequence[LayerContext], most: int) -> int:
+        """Slots of a KV head: some budgets, as far as the device budget goes."""
+        B, H, _ = contexts[0].shape
+        size = parse_size("device_budget", self.config.device_budget)
+        if isinstance(size, float):
+            is_cuda = self.device.type == "cuda"
+            free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else 1 << 40
+            size = int(size * free)
+        slot_bytes = contexts[0].paged.arena.layout.page_bytes * B * H * len(contexts)
+        slots = min(POOL_BUDGETS * most, size // slot_bytes)
+        if slots < most:
+            raise CapacityError(
+                f"the pages of one step need {most * slot_bytes / 2**20:.0f} MiB on the device, but "
+                f"device_budget is {size / 2**20:.0f} MiB; raise device_budget, lower budget, or "
+                "free device memory"
+            )
+        return slots
+
+    def _scratches_ahead(self) -> list[StepScratch]:
+        """Working memory of prefetches, which go on while the next layers use their own."""
+        if self.config.prefetch == "early":
+            return [empty_scratch(self.shape, self.device)]
+        if self.config.prefetch == "none":
+            return []
+        shape = self.shape
+        wide = int(RUNNERS_UP * shape.most)
+        size = shape.batch, shape.kv_heads, wide
+
+        def ints(dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=self.device)
+
+        return [
+            self.scratch._replace(
+                chosen=ints(),
+                victims=ints(),
+                wanted=ints(torch.int64),
+                num_misses=torch.zeros(size[:2], dtype=torch.int32, device=self.device),
+            )
+            for _ in self.layers
+        ]
+
+    def _refresh_chunks(self) -> None:
+        """Tell the device of chunks that the host arena has got."""
+        chunks = self._host_arena.chunks
+        if len(chunks) > self._num_chunks:
+            new = [chunk.data_ptr() for chunk in chunks[self._num_chunks :]]
+            self._chunks[self._num_chunks : len(chunks)] = torch.tensor(new, device=self.device)
+            self._num_chunks = len(chunks)
+
+    @contextmanager
+    def _beside(self, number: int) -> Iterator[None]:
+        """Run the body on a stream of its own, from where the current one is."""
+        if not self._streams:
+            yield
+            return
+        stream = self._streams[number]
+        self._running.add(number)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+
+    def _join(self, number: int) -> None:
+        # a stream that is not part of a capture must not be waited for in it
+        if number in self._running:
+            torch.cuda.current_stream(self.device).wait_stream(self._streams[number])
+            self._running.remove(number)

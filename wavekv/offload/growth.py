@@ -1,0 +1,164 @@
+"""Pages of generated tokens, built for all layers at once beside the steps of a decode engine.
+
+The oldest local tokens stay in the ring while pages are made of them on a stream of their own, behind
+the pages that steps read. Between two steps the counters then move on: from there the tokens are in
+their pages and no longer local. On CUDA the whole work is one graph, so that it costs the host a launch.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from wavekv.index import page_scatter
+from wavekv.kernels.step import PAGES, START, StepArena, StepShape
+from wavekv.offload.builder import form_pages
+from wavekv.offload.device_layer import DeviceLayer, GrownPages
+
+
+class Growth:
+    """Makes `num_pages` pages for each KV head of every layer from `segment` tokens."""
+
+    def __init__(
+        self,
+        layers: list[DeviceLayer],
+        ring: Tensor,
+        counters: Tensor,
+        arena: StepArena,
+        shape: StepShape,
+        segment: int,
+        ops: ModuleType,
+    ) -> None:
+        """ring: [layers, 2, B, Hkv, A + L, D], the steady zones of all layers."""
+        self.layers, self.ring, self.counters, self.arena = layers, ring, counters, arena
+        self.shape, self.segment, self.ops = shape, segment, ops
+        self.num_pages = segment // shape.page_size
+        self.is_running = False
+        device = ring.device
+        is_cuda = device.type == "cuda"
+        size = len(layers), shape.batch, shape.kv_heads, self.num_pages
+        self._arena_ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self._host_ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
+        self._counts = torch.zeros(size, dtype=torch.int32, device=device)
+        self._token_ids = torch.zeros(*size, shape.page_size, dtype=torch.int32, device=device)
+        self._moved = torch.zeros(4, dtype=torch.int32, device=device)
+        self._moved[PAGES], self._moved[START] = self.num_pages, segment
+        self._stream = torch.cuda.Stream(device) if is_cuda else None
+        self._done = torch.cuda.Event() if is_cuda else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._host: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_arena_pages(self) -> int:
+        """Pages of the host arena that one run takes."""
+        return self._arena_ids.numel()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the pages are complete, without waiting."""
+        return self._done is None or self._done.query()
+
+    def capture(self, arena_ids: Tensor) -> None:
+        """Make the graph. arena_ids: pages that are free to be written. What a rehearsal writes lies
+        behind the pages in use."""
+        if self._stream is None:
+            return
+        self._arena_ids.copy_(arena_ids.view(self._arena_ids.shape))
+        self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
+        with torch.cuda.stream(self._stream):
+            self._build(is_rehearsal=True)
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            self._build()
+        self._graph = graph
+
+    def start(self, arena_ids: Tensor) -> None:
+        """Begin to build pages of the oldest local tokens, to be stored under `arena_ids`."""
+        self._host_ids.copy_(arena_ids.view(self._host_ids.shape))
+        self.is_running = True
+        if self._stream is None or self._done is None:
+            self._arena_ids.copy_(self._host_ids)
+            self._build()
+            self._host = self._counts.clone(), self._token_ids.clone()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
+        with torch.cuda.stream(self._stream):
+            self._arena_ids.copy_(self._host_ids, non_blocking=True)
+            if self._graph is None:
+                self._build()
+            else:
+                self._graph.replay()
+            self._host = _to_host(self._counts), _to_host(self._token_ids)
+            self._done.record(self._stream)
+
+    def commit(self, end: int) -> GrownPages:
+        """Let steps from here on read the new pages; `end` is the position behind their tokens."""
+        if self._done is not None:
+            torch.cuda.current_stream(self.ring.device).wait_event(self._done)
+            self._done.synchronize()
+        self.counters.add_(self._moved)
+        self.is_running = False
+        assert self._host is not None
+        counts, token_ids = self._host
+        return GrownPages(end, self._host_ids.clone(), counts.clone(), token_ids.clone())
+
+    def _build(self, *, is_rehearsal: bool = False) -> None:
+        shape, device = self.shape, self.ring.device
+        L, B, H, n = self._arena_ids.shape
+        S, D = self.segment, shape.head_dim
+        start, first = self.counters[START], self.counters[PAGES]
+        slots = shape.sinks + (start + torch.arange(S, device=device)) % shape.ring
+        local = self.ring.index_select(4, slots)
+        valid = self.layers[0].steady.valid.index_select(1, slots)
+        rows = valid[None, :, None].expand(L, B, H, S).reshape(L * B * H, S)
+        keys, values = (local[:, half].reshape(L * B * H, S, D) for half in range(2))
+        formed = form_pages(keys, values, rows, shape.page_size)
+        token_ids = formed.token_ids
+        self._token_ids.copy_(
+            torch.where(token_ids >= 0, token_ids + start, -1).view(self._token_ids.shape)
+        )
+        self._counts.copy_(formed.counts.view(self._counts.shape))
+        self.ops.store(formed.pages, self._arena_ids.flatten(), self.arena)
+        pages = first + torch.arange(n, device=device)
+        # a segment may begin in one span and end in the next
+        span = first // shape.span_pages
+        in_first = pages // shape.span_pages == span
+        scatters = [
+            page_scatter(formed.keys, formed.values, formed.counts * part.int()).unflatten(
+                0, (L, B, H)
+            )
+            for part in (in_first, ~in_first)
+        ]
+        statistics, codes = formed.statistics, formed.codes
+        parts = [
+            part.unflatten(0, (L, B, H))
+            for part in (
+                formed.counts,
+                statistics.mean,
+                statistics.variance,
+                statistics.value_mean,
+                codes.codes,
+                codes.scale,
+                codes.page_scale,
+            )
+        ]
+        for number, layer in enumerate(self.layers):
+            for target, part in zip(layer.pages, parts, strict=False):
+                target.index_copy_(2, pages, part[number])
+            layer.pages.arena_ids.index_copy_(2, pages, self._arena_ids[number])
+            if is_rehearsal:
+                # these are sums: adding twice would show
+                continue
+            last = layer.pages.scatter.shape[2] - 1
+            for k, scatter in enumerate(scatters):
+                at = (span + k).clamp(max=last).unsqueeze(0)
+                layer.pages.scatter.index_add_(2, at, scatter[number].unsqueeze(2))
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host

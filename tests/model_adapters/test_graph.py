@@ -7,21 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, make_model, prompt
+from tiny_models import TINY, VOCAB, make_model, prompt
 from torch import Tensor
 
-from wavekv import OffloadConfig, OffloadedCache, OffloadedKV
+from wavekv import OffloadedCache, OffloadedKV
 
 pytestmark = pytest.mark.gpu
 
-SMALL = OffloadConfig(
-    budget=1.0, page_size=4, append_segment=16, segment=64, window=8, num_sink_tokens=4
-)
 DEVICE = torch.device("cuda")
 
 
 def wrap(model_type: str = "llama", **overrides: Any) -> OffloadedKV:
-    return OffloadedKV(make_model(model_type).to(DEVICE), SMALL, **overrides)
+    return OffloadedKV(make_model(model_type).to(DEVICE), TINY, **overrides)
 
 
 def generated(model: OffloadedKV, ids: Tensor, cache: OffloadedCache, **options: Any) -> Tensor:
@@ -37,7 +34,7 @@ def is_captured(cache: OffloadedCache) -> bool:
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gpt2", "phi3"])
 @pytest.mark.parametrize("prefetch", ["none", "runners-up", "early"])
 def test_tokens_as_without_a_graph(model_type: str, prefetch: str) -> None:
-    ids = prompt(2, 150).to(DEVICE)
+    ids = prompt(150, batch=2).to(DEVICE)
     eager, graph = wrap(model_type, capture=False), wrap(model_type, prefetch=prefetch)
     expected = generated(eager, ids, eager.new_cache())
     cache = graph.new_cache()
@@ -49,7 +46,7 @@ def test_tokens_as_without_a_graph(model_type: str, prefetch: str) -> None:
 
 
 def test_padded_batch() -> None:
-    ids = prompt(3, 120).to(DEVICE)
+    ids = prompt(120, batch=3).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :37] = 0
     mask[1, :2] = 0
@@ -61,13 +58,13 @@ def test_padded_batch() -> None:
 
 
 def test_second_turn_fork_and_crop() -> None:
-    ids = prompt(1, 100).to(DEVICE)
+    ids = prompt(100).to(DEVICE)
     caches, answers = [], []
     for model in (wrap(capture=False), wrap()):
         cache = model.new_cache()
         first = generated(model, ids, cache)
         fork = cache.fork()
-        more = torch.cat([first, prompt(1, 30).to(DEVICE)], 1)
+        more = torch.cat([first, prompt(30, 1).to(DEVICE)], 1)
         second = generated(model, more, cache)
         third = generated(model, more[:, :-3], fork)
         fork.crop(-20)
@@ -83,7 +80,7 @@ def test_second_turn_fork_and_crop() -> None:
 
 
 def test_calls_of_the_wrapper_take_captured_steps() -> None:
-    ids = prompt(1, 100).to(DEVICE)
+    ids = prompt(100).to(DEVICE)
     outs = []
     for model in (wrap(capture=False), wrap()):
         cache = model.new_cache()
@@ -98,7 +95,7 @@ def test_calls_of_the_wrapper_take_captured_steps() -> None:
 
 
 def test_beams_are_never_captured() -> None:
-    ids = prompt(1, 80).to(DEVICE)
+    ids = prompt(80).to(DEVICE)
     eager, graph = wrap(capture=False), wrap()
     cache = graph.new_cache()
     expected = generated(eager, ids, eager.new_cache(), num_beams=2, max_new_tokens=10)
@@ -112,7 +109,7 @@ def test_beams_are_never_captured() -> None:
 def test_what_cannot_be_captured_says_why(
     model_type: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    ids = prompt(1, 80).to(DEVICE)
+    ids = prompt(80).to(DEVICE)
     eager, graph = wrap(model_type, capture=False), wrap(model_type)
     cache = graph.new_cache()
     with caplog.at_level(logging.INFO, logger="wavekv"):
@@ -126,7 +123,7 @@ def test_what_cannot_be_captured_says_why(
 
 def test_room_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wavekv.offload.engine.ROOM_TOKENS", 32)
-    ids = prompt(1, 100).to(DEVICE)
+    ids = prompt(100).to(DEVICE)
     eager, graph = wrap(capture=False), wrap()
     expected = generated(eager, ids, eager.new_cache(), max_new_tokens=150)
     cache = graph.new_cache()
@@ -135,7 +132,7 @@ def test_room_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_short_prompt_grows_into_pages() -> None:
-    ids = prompt(1, 10).to(DEVICE)
+    ids = prompt(10).to(DEVICE)
     eager, graph = wrap(capture=False), wrap()
     expected = generated(eager, ids, eager.new_cache(), max_new_tokens=120)
     cache = graph.new_cache()

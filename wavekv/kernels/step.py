@@ -26,6 +26,9 @@ BIN_SHIFT = 17
 """Ranks are binned by the upper bits of their float32: 64 bins for each power of two, 32 powers."""
 
 SCORE_BLOCK = 128
+AGES = 256
+"""Ages of slots that the pool tells apart, in steps; older ones are all as old."""
+
 REFINE_BLOCK = 64
 """Pages whose softmax statistics are summed up together, by moments and after codes."""
 COUNT_BLOCK = 1024

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wavekv.kernels import reference
 from wavekv.kernels.step import (
+    AGES,
     ATTEND_TOKENS,
     BIN_SHIFT,
     CANDIDATES,
@@ -181,7 +182,7 @@ def _resolve_head(
     missing = ids[slots < 0]
     free = (age != now).nonzero().squeeze(1)
     # least recently used first, of equal ages the lower slot
-    rest = (now - age[free]).clamp(max=(1 << 16) - 1)
+    rest = (now - age[free]).clamp(max=AGES - 1)
     free = free[rest.sort(descending=True, stable=True).indices]
     taken = min(len(missing), scratch.victims.shape[2], len(free))
     victims = free[:taken].sort().values

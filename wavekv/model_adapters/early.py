@@ -32,8 +32,8 @@ class EarlyQueries:
         self._own: dict[int, Tensor] = {}
         if engine.config.prefetch == "early":
             self._layers = list(getattr(model.base_model, "layers", []))
-            if not self._layers:
-                self._give_up("the model has no list of layers")
+            if not self._layers or not all(map(_is_plain, self._layers)):
+                self._give_up("the layers of this model are not known")
 
     def __enter__(self) -> EarlyQueries:
         self._hooks = [
@@ -63,7 +63,7 @@ class EarlyQueries:
 
     def _give_up(self, reason: str) -> None:
         _LOG.warning("no early prefetch: %s", reason)
-        self._layers = []
+        self._layers, self._own = [], {}
         self.__exit__(None, None, None)
 
     def _hook(self, number: int) -> Any:
@@ -80,6 +80,11 @@ class EarlyQueries:
                 self._engine.prefetch(number + 1, query, Logits(scale))
 
         return before
+
+
+def _is_plain(layer: Any) -> bool:
+    attention = getattr(layer, "self_attn", None)
+    return hasattr(layer, "input_layernorm") and hasattr(attention, "q_proj")
 
 
 def guessed_query(layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:

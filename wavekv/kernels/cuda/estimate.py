@@ -12,6 +12,8 @@ from wavekv.kernels.reference import VALUE_RIDGE
 from wavekv.kernels.step import SLOPE_ROWS, StepPages, StepScratch, StepShape
 
 _TILE = 64
+_WARPS = 4
+_STAGES = 3
 
 
 @triton.jit
@@ -178,7 +180,8 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         TILE=min(max(16, shape.estimate_block), _TILE),
         USE_SLOPE=shape.tail == "second",
         PRECISION="ieee" if is_float32 else "tf32",
-        num_warps=4,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
     )
     launch(
         _estimate,

@@ -22,7 +22,7 @@ from wavekv.kernels.step import (
     bin_base,
 )
 
-_RANK_BLOCK = 1024
+_RANK_BLOCK = 2048
 _NEVER = 0x7FFFFFFF
 
 
@@ -96,13 +96,16 @@ def _rank(
         tl.store(rank + row * N + n, bits, mask=is_page)
         bins = tl.minimum(tl.maximum((bits >> SHIFT) - BASE, 0), BINS - 1)
         here = histogram + (PART * ROWS + row) * BINS
-        tl.atomic_add(here + bins, 1, mask=is_alive, sem="relaxed")
+        # what is not alive is counted with the lowest bin, and taken off
+        b = tl.arange(0, BINS)
+        counted = tl.histogram(tl.where(is_alive, bins, 0), BINS)
+        counted -= tl.where(b == 0, BLOCK - tl.sum(is_alive.to(tl.int32), 0), 0)
+        tl.atomic_add(here + b, counted, mask=counted > 0, sem="relaxed")
         # the block that comes last knows all bins
         tl.debug_barrier()
         ticket = tl.atomic_add(arrived + PART * ROWS + row, 1, sem="acq_rel")
         if ticket >= num_blocks - 1:
             wanted = tl.load(limits + LIMIT)
-            b = tl.arange(0, BINS)
             held_bins = tl.load(here + b, cache_modifier=".cg")
             above = tl.sum(held_bins, 0) - tl.cumsum(held_bins, 0) + held_bins
             # the highest bin with enough ranks in it and above

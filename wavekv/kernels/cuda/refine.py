@@ -13,6 +13,7 @@ from wavekv.kernels.step import REFINE_BLOCK, StepPages, StepScratch, StepShape
 
 _HEADS = 4
 """Query heads that share one pass over the codes; larger groups take several."""
+_WARPS = 4
 
 
 @triton.jit
@@ -214,7 +215,7 @@ def refine(
         USE_VARIANCE=shape.tail == "second",
         SOFTCAP=shape.softcap is not None,
         DP4A=uses_hardware(query),
-        num_warps=4,
+        num_warps=_WARPS,
     )
     launch(
         _refine,

@@ -7,10 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two
-from wavekv.kernels.step import StepPages, StepPool, StepScratch, StepShape, StepTotals
-
-_AGE_BITS = 16
-_PROBE_BITS = 4
+from wavekv.kernels.step import AGES, StepPages, StepPool, StepScratch, StepShape, StepTotals
 
 
 @triton.jit
@@ -35,8 +32,7 @@ def _resolve(
     X,
     MP: tl.constexpr,
     SP: tl.constexpr,
-    AGE_BITS: tl.constexpr,
-    PROBE_BITS: tl.constexpr,
+    AGES: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -53,19 +49,15 @@ def _resolve(
     tl.debug_barrier()
     used = tl.load(age + row * S + s, mask=s < S, other=now, cache_modifier=".cg")
     is_free = (s < S) & (used != now)
-    rest = tl.minimum(now - used, (1 << AGE_BITS) - 1)
+    # a slot of this step has age 0, and does not count; beyond the last bin all are equally old
+    rest = tl.where(is_free, tl.minimum(now - used, AGES - 1), 0)
     taken = tl.minimum(tl.sum(is_miss.to(tl.int32), 0), X)
     taken = tl.minimum(taken, tl.sum(is_free.to(tl.int32), 0))
-    # the youngest age taken: the largest `low` that leaves enough at or above it
-    PROBES: tl.constexpr = 1 << PROBE_BITS
-    probe = tl.arange(0, PROBES)
-    low = 0
-    width = 1 << AGE_BITS
-    for _ in tl.static_range(AGE_BITS // PROBE_BITS):
-        width = width // PROBES
-        at_least = is_free[:, None] & (rest[:, None] >= (low + probe * width)[None, :])
-        enough = tl.sum(at_least.to(tl.int32), 0) >= taken
-        low += tl.max(tl.where(enough, probe, 0), 0) * width
+    # the youngest age taken: the largest that leaves enough at or above it
+    bins = tl.arange(0, AGES)
+    counted = tl.histogram(rest, AGES)
+    at_least = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted
+    low = tl.max(tl.where((at_least >= taken) & (bins > 0), bins, 0), 0)
     is_older = is_free & (rest > low)
     num_older = tl.sum(is_older.to(tl.int32), 0)
     is_tie = is_free & (rest == low)
@@ -118,8 +110,7 @@ def resolve(
     options: dict[str, Any] = dict(
         MP=power_of_two(scratch.chosen.shape[2]),
         SP=power_of_two(shape.slots),
-        AGE_BITS=_AGE_BITS,
-        PROBE_BITS=_PROBE_BITS,
+        AGES=AGES,
         PREFETCH=is_prefetch,
         num_warps=min(32, max(4, power_of_two(shape.slots) // 128)),
     )

@@ -11,6 +11,8 @@ from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.cuda.moments import moments, softmax_sum
 from wavekv.kernels.step import NUM_BINS, SCORE_BLOCK, StepPages, StepScratch, StepShape, StepSteady
 
+_WARPS = 4
+
 
 @triton.jit
 def _quantise(
@@ -160,7 +162,7 @@ def score(
         SOFTCAP=shape.softcap is not None,
         PRECISION="ieee" if is_float32 else "tf32",
         APPEND=new_keys is not None,
-        num_warps=4,
+        num_warps=_WARPS,
     )
     launch(
         _score,

@@ -133,6 +133,12 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
         pool.age.fill_(-1)
         cuda.resolve(pages, pool, counters, scratch, totals, shape)
 
+    def rank(is_final: bool) -> None:
+        # `score` does these in a step
+        scratch.histogram.zero_()
+        scratch.arrived.zero_()
+        cuda.rank_pages(counters, limits, scratch, shape, is_final=is_final)
+
     page_bytes = 4 * PAGE * DIM
     candidates = min(N, refine * most) if refine * most and most < N else 0
     runs: dict[str, tuple[Callable[[], None], int]] = {
@@ -141,7 +147,7 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
             KV_HEADS * N * (2 * DIM + 8 + 4 * GROUP),
         ),
         "rank candidates": (
-            lambda: cuda.rank_pages(pages, counters, limits, scratch, shape, is_final=False),
+            lambda: rank(False),
             KV_HEADS * N * (4 * GROUP + 12),
         ),
         "refine": (
@@ -149,7 +155,7 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
             KV_HEADS * (candidates * (PAGE * (DIM // 2 + 1) + 4) + N * (12 + 12 * GROUP)),
         ),
         "rank": (
-            lambda: cuda.rank_pages(pages, counters, limits, scratch, shape, is_final=True),
+            lambda: rank(True),
             KV_HEADS * N * (4 * GROUP + 4),
         ),
         "select": (lambda: cuda.select(counters, limits, scratch, shape), KV_HEADS * N * 9),
@@ -185,6 +191,10 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
         if name == "fetch":
             resolve_anew()
         ms = median_ms(run)
+        if name == "fetch":
+            found = pool.pages.flatten(1, 2)[0].isfinite().all()
+            assert found
+            assert int(scratch.num_misses.sum()) == KV_HEADS * most, scratch.num_misses
         figures[name] = {"ms": ms, "bytes": num_bytes, "GB/s": num_bytes / ms / 1e6}
     return {"context": context, "refine": refine, "budget": budget, "kernels": figures}
 

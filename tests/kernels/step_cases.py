@@ -210,9 +210,9 @@ def run_step(ops: object, case: Case, sinks: Tensor | None = None) -> Tensor:
         scratch,
         shape,
     )
-    ops.rank_pages(c.pages, c.counters, c.limits, scratch, shape, is_final=False)  # type: ignore[attr-defined]
+    ops.rank_pages(c.counters, c.limits, scratch, shape, is_final=False)  # type: ignore[attr-defined]
     ops.refine(c.query, c.pages, c.counters, scratch, shape)  # type: ignore[attr-defined]
-    ops.rank_pages(c.pages, c.counters, c.limits, scratch, shape, is_final=True)  # type: ignore[attr-defined]
+    ops.rank_pages(c.counters, c.limits, scratch, shape, is_final=True)  # type: ignore[attr-defined]
     ops.select(c.counters, c.limits, scratch, shape)  # type: ignore[attr-defined]
     ops.resolve(c.pages, c.pool, c.counters, scratch, c.totals, shape)  # type: ignore[attr-defined]
     ops.fetch(c.arena, c.pool, scratch, shape)  # type: ignore[attr-defined]

@@ -26,13 +26,14 @@ BIN_SHIFT = 17
 """Ranks are binned by the upper bits of their float32: 64 bins for each power of two, 32 powers."""
 
 SCORE_BLOCK = 128
+"""Pages that are scored together, with one pair of softmax statistics."""
 AGES = 256
 """Ages of slots that the pool tells apart, in steps; older ones are all as old."""
 
 REFINE_BLOCK = 64
-"""Pages whose softmax statistics are summed up together, by moments and after codes."""
+"""Candidates that are ranked again together, likewise."""
 COUNT_BLOCK = 1024
-"""Pages that are counted, and later written, together when the chosen ones are collected."""
+"""Pages of which those above a threshold are collected together."""
 SLOPE_ROWS = 32
 """Rows of the scatter that one program reads."""
 ATTEND_TOKENS = 64
@@ -161,8 +162,6 @@ class StepScratch(NamedTuple):
 
     mean_logits: Tensor
     """[B, Hq, N] float32 logit of each page's mean key, before a soft cap."""
-    query_square: Tensor
-    """[B, Hq] float32"""
     query_words: Tensor
     """[B, Hq, 2, W / 8] int32: the query as int8, four to a word, in halves as codes are."""
     query_step: Tensor
@@ -172,7 +171,7 @@ class StepScratch(NamedTuple):
     shift: Tensor
     """[B, Hq, N] float32"""
     block_max: Tensor
-    """[B, Hq, N / REFINE_BLOCK] float32, with the next the softmax statistics of each block."""
+    """[B, Hq, blocks] float32, with the next the softmax statistics of groups of pages."""
     block_sum: Tensor
     rank: Tensor
     """[B, Hkv, N] int32: the bits of the float32 rank; -1 for empty pages."""
@@ -183,11 +182,11 @@ class StepScratch(NamedTuple):
     threshold: Tensor
     """[2, B, Hkv] int32 the least rank of a bin that is wanted."""
     block_count: Tensor
-    """[B, Hkv, N / COUNT_BLOCK] int32 ranks of each block that reach the threshold."""
+    """[B, Hkv, N / COUNT_BLOCK] int32 ranks of each block that reach a threshold."""
     listed: Tensor
-    """[B, Hkv, N] int32 their pages, ascending."""
+    """[B, Hkv, N] int32 their pages, ascending; of candidates each block's from its own start on."""
     listed_rank: Tensor
-    """[B, Hkv, N] int32 their ranks."""
+    """[B, Hkv, N] int32 their final ranks."""
     chosen: Tensor
     """[B, Hkv, M] int32 chosen pages, ascending, then -1."""
     slots: Tensor
@@ -228,6 +227,8 @@ def empty_scratch(shape: StepShape, device: torch.device) -> StepScratch:
     """Allocate the working memory of a step."""
     B, H, G, D, N = shape.batch, shape.kv_heads, shape.group, shape.head_dim, shape.capacity
     Hq, parts = H * G, shape.attend_parts + shape.estimate_parts
+    # of the pages of each block that are no candidates, and of its groups of candidates
+    stats = -(-N // COUNT_BLOCK) * (1 + COUNT_BLOCK // REFINE_BLOCK)
     spans = -(-N // shape.span_pages)
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -238,13 +239,12 @@ def empty_scratch(shape: StepShape, device: torch.device) -> StepScratch:
 
     return StepScratch(
         mean_logits=new(B, Hq, N),
-        query_square=new(B, Hq),
         query_words=ints(B, Hq, 2, -(-D // 8)),
         query_step=new(B, Hq, 2),
         log_mass=new(B, Hq, N),
         shift=new(B, Hq, N),
-        block_max=new(B, Hq, -(-N // REFINE_BLOCK)),
-        block_sum=new(B, Hq, -(-N // REFINE_BLOCK)),
+        block_max=new(B, Hq, stats),
+        block_sum=new(B, Hq, stats),
         rank=ints(B, H, N),
         histogram=ints(2, B, H, NUM_BINS),
         arrived=ints(2, B, H),

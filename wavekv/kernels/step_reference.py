@@ -62,7 +62,6 @@ def score(
 
 
 def rank_pages(
-    pages: StepPages,
     counters: Tensor,
     limits: Tensor,
     scratch: StepScratch,

@@ -233,9 +233,9 @@ class DecodeEngine:
             ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
             if shape.tail == "second":
                 ops.value_slope(q, pages, counters, scratch, shape)
-        ops.rank_pages(pages, counters, limits, scratch, shape, is_final=False)
+        ops.rank_pages(counters, limits, scratch, shape, is_final=False)
         ops.refine(q, pages, counters, scratch, shape)
-        ops.rank_pages(pages, counters, limits, scratch, shape, is_final=True)
+        ops.rank_pages(counters, limits, scratch, shape, is_final=True)
         ops.select(counters, limits, scratch, shape)
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         with self._beside(1):
@@ -259,9 +259,9 @@ class DecodeEngine:
         self._held.append(q)
         with self._beside(2):
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
-            ops.rank_pages(pages, counters, limits, scratch, shape, is_final=False)
+            ops.rank_pages(counters, limits, scratch, shape, is_final=False)
             ops.refine(q, pages, counters, scratch, shape)
-            ops.rank_pages(pages, counters, limits, scratch, shape, is_final=True)
+            ops.rank_pages(counters, limits, scratch, shape, is_final=True)
             ops.select(counters, limits, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
             ops.fetch(self.arena, pool, scratch, shape)

@@ -7,22 +7,21 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two
-from wavekv.kernels.cuda.moments import moments
 from wavekv.kernels.step import (
     BIN_SHIFT,
     CANDIDATES,
+    COUNT_BLOCK,
     MOST,
     NUM_BINS,
     REFINE_BLOCK,
     SCORE_BLOCK,
     WIDE,
-    StepPages,
     StepScratch,
     StepShape,
     bin_base,
 )
 
-_RANK_BLOCK = 2048
+_BLOCK = 1024
 _NEVER = 0x7FFFFFFF
 
 
@@ -30,11 +29,8 @@ _NEVER = 0x7FFFFFFF
 def _rank(
     counters,
     limits,
-    counts,
-    variance,
-    mean_logits,
-    query_square,
     log_mass,
+    shift,
     block_max,
     block_sum,
     rank,
@@ -42,7 +38,6 @@ def _rank(
     arrived,
     threshold,
     N,
-    softcap,
     G: tl.constexpr,
     GP: tl.constexpr,
     PART: tl.constexpr,
@@ -54,11 +49,12 @@ def _rank(
     BASE: tl.constexpr,
     NEVER: tl.constexpr,
     STATS: tl.constexpr,
-    STATS_BLOCK: tl.constexpr,
-    STATS_STRIDE: tl.constexpr,
+    STATS_P: tl.constexpr,
+    SCORED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
-    USE_VARIANCE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_pages = tl.load(counters + 2)
@@ -67,9 +63,15 @@ def _rank(
         g = tl.arange(0, GP)
         is_head = g < G
         # the softmax statistics of all pages
-        part = tl.arange(0, STATS)
-        held = is_head[:, None] & (part * STATS_BLOCK < num_pages)[None, :]
-        at = (row * G + g)[:, None] * STATS_STRIDE + part[None, :]
+        part = tl.arange(0, STATS_P)
+        if PART == 0:
+            first = part * SCORED
+        else:
+            # of blocks, and then of the groups of candidates in each block
+            rest = STATS // (1 + GROUPS)
+            first = tl.where(part < rest, part, (part - rest) // GROUPS) * COUNTED
+        held = is_head[:, None] & ((part < STATS) & (first < num_pages))[None, :]
+        at = (row * G + g)[:, None] * STRIDE + part[None, :]
         maxima = tl.load(block_max + at, mask=held, other=float("-inf"))
         largest = tl.max(maxima, 1)
         largest = tl.where(largest == float("-inf"), 0.0, largest)
@@ -80,15 +82,10 @@ def _rank(
         is_page = n < num_pages
         keep = is_head[:, None] & is_page[None, :]
         at = (row * G + g)[:, None] * N + n[None, :]
+        mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
         if PART == 0:
-            x = tl.load(mean_logits + at, mask=keep, other=0.0)
-            square = tl.load(query_square + row * G + g, mask=is_head, other=0.0)
-            count = tl.load(counts + row * N + n, mask=is_page, other=0)
-            spread = tl.load(variance + row * N + n, mask=is_page, other=0.0)
-            mass, shift = moments(x, square, spread, count, softcap, USE_VARIANCE, SOFTCAP)
-            mass = tl.where(keep, mass + shift, float("-inf"))
-        else:
-            mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
+            # a mean hides the key that stands out: the shift says how far one may
+            mass += tl.load(shift + at, mask=keep, other=0.0)
         share = tl.exp(mass - largest[:, None]) / tl.maximum(total, 1e-30)[:, None]
         share = tl.sum(tl.where(keep, share, 0.0), 0)
         is_alive = is_page & (tl.max(mass, 0) > float("-inf"))
@@ -96,18 +93,15 @@ def _rank(
         tl.store(rank + row * N + n, bits, mask=is_page)
         bins = tl.minimum(tl.maximum((bits >> SHIFT) - BASE, 0), BINS - 1)
         here = histogram + (PART * ROWS + row) * BINS
-        # what is not alive is counted with the lowest bin, and taken off
-        b = tl.arange(0, BINS)
-        counted = tl.histogram(tl.where(is_alive, bins, 0), BINS)
-        counted -= tl.where(b == 0, BLOCK - tl.sum(is_alive.to(tl.int32), 0), 0)
-        tl.atomic_add(here + b, counted, mask=counted > 0, sem="relaxed")
+        tl.atomic_add(here + bins, 1, mask=is_alive, sem="relaxed")
         # the block that comes last knows all bins
         tl.debug_barrier()
         ticket = tl.atomic_add(arrived + PART * ROWS + row, 1, sem="acq_rel")
         if ticket >= num_blocks - 1:
             wanted = tl.load(limits + LIMIT)
-            held_bins = tl.load(here + b, cache_modifier=".cg")
-            above = tl.sum(held_bins, 0) - tl.cumsum(held_bins, 0) + held_bins
+            b = tl.arange(0, BINS)
+            counted = tl.load(here + b, cache_modifier=".cg")
+            above = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted
             # the highest bin with enough ranks in it and above
             last = tl.max(tl.where(above >= wanted, b, 0), 0)
             least = tl.where(last == 0, 0, (last + BASE) << SHIFT)
@@ -119,17 +113,12 @@ def _rank(
 
 
 def rank_pages(
-    pages: StepPages,
-    counters: Tensor,
-    limits: Tensor,
-    scratch: StepScratch,
-    shape: StepShape,
-    *,
-    is_final: bool,
+    counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepShape, *, is_final: bool
 ) -> None:
     """The rank of each page, and the least rank of the bin that holds the last one wanted: for
     candidates by log mass + shift, at the end by log mass."""
-    stats_block = REFINE_BLOCK if is_final else SCORE_BLOCK
+    stride = scratch.block_max.shape[2]
+    stats = stride if is_final else triton.cdiv(shape.capacity, SCORE_BLOCK)
     options: dict[str, Any] = dict(
         G=shape.group,
         GP=power_of_two(shape.group),
@@ -141,21 +130,20 @@ def rank_pages(
         SHIFT=BIN_SHIFT,
         BASE=bin_base(shape.group),
         NEVER=_NEVER,
-        STATS=power_of_two(triton.cdiv(shape.capacity, stats_block)),
-        STATS_BLOCK=stats_block,
-        STATS_STRIDE=scratch.block_max.shape[2],
-        BLOCK=_RANK_BLOCK,
-        USE_VARIANCE=shape.tail == "second",
-        SOFTCAP=shape.softcap is not None,
+        STATS=stats,
+        STATS_P=power_of_two(stats),
+        SCORED=SCORE_BLOCK,
+        COUNTED=COUNT_BLOCK,
+        GROUPS=COUNT_BLOCK // REFINE_BLOCK,
+        STRIDE=stride,
+        BLOCK=_BLOCK,
         num_warps=8,
     )
     launch(
         _rank,
-        (triton.cdiv(shape.capacity, _RANK_BLOCK), shape.rows),
-        *(counters, limits, pages.counts, pages.variance),
-        *(scratch.mean_logits, scratch.query_square, scratch.log_mass),
+        (triton.cdiv(shape.capacity, _BLOCK), shape.rows),
+        *(counters, limits, scratch.log_mass, scratch.shift),
         *(scratch.block_max, scratch.block_sum, scratch.rank),
-        *(scratch.histogram, scratch.arrived, scratch.threshold),
-        *(shape.capacity, shape.softcap or 1.0),
+        *(scratch.histogram, scratch.arrived, scratch.threshold, shape.capacity),
         **options,
     )

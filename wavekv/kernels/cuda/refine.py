@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import moments, softmax_sum
-from wavekv.kernels.step import REFINE_BLOCK, StepPages, StepScratch, StepShape
+from wavekv.kernels.cuda.moments import softmax_sum
+from wavekv.kernels.step import COUNT_BLOCK, REFINE_BLOCK, StepPages, StepScratch, StepShape
 
 _HEADS = 4
 """Query heads that share one pass over the codes; larger groups take several."""
@@ -51,32 +51,28 @@ def _refine_head(
     products,
     head,
     query_step,
-    query_square,
     mean_logits,
     log_mass,
     shift,
     block_max,
     block_sum,
     n,
-    is_page,
     is_candidate,
     held,
     step,
     count,
-    spread,
     N,
-    at_block,
+    stat,
     softcap,
-    STATS_STRIDE: tl.constexpr,
-    USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
     worth, shifted = tl.load(query_step + head * 2), tl.load(query_step + head * 2 + 1)
     offset = (products.to(tl.float32) - 8.0 * shifted) * step * worth
     offset = tl.where(held, offset, 0.0)
     plain = tl.sum(offset, 1) / tl.maximum(count, 1).to(tl.float32)
     offset -= plain[:, None]
-    x = tl.load(mean_logits + head * N + n, mask=is_page, other=0.0)
+    x = tl.load(mean_logits + head * N + n, mask=is_candidate, other=0.0)
     logits = offset + x[:, None]
     if SOFTCAP:
         logits = softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)
@@ -85,32 +81,27 @@ def _refine_head(
     top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp(logits - top[:, None])
     weight = tl.maximum(tl.sum(weights, 1), 1e-30)
-    # what the moments say of the others
-    square = tl.full([1], 1.0, tl.float32) * tl.load(query_square + head)
-    mass, lean = moments(x[None, :], square, spread, count, softcap, USE_VARIANCE, SOFTCAP)
+    mass = top + tl.log(weight)
+    # an empty page keeps its mass of nothing
     is_refined = is_candidate & (count > 0)
-    mass = tl.where(is_refined, top + tl.log(weight), tl.sum(mass, 0))
-    lean = tl.where(is_refined, tl.sum(weights * offset, 1) / weight, tl.sum(lean, 0))
-    tl.store(log_mass + head * N + n, mass, mask=is_page)
-    tl.store(shift + head * N + n, lean, mask=is_page)
-    largest, total = softmax_sum(tl.where(is_page, mass, float("-inf"))[None, :])
-    tl.store(block_max + head * STATS_STRIDE + at_block, tl.sum(largest, 0))
-    tl.store(block_sum + head * STATS_STRIDE + at_block, tl.sum(total, 0))
+    tl.store(log_mass + head * N + n, mass, mask=is_refined)
+    tl.store(shift + head * N + n, tl.sum(weights * offset, 1) / weight, mask=is_refined)
+    largest, total = softmax_sum(tl.where(is_refined, mass, float("-inf"))[None, :])
+    tl.store(block_max + head * STRIDE + stat, tl.sum(largest, 0))
+    tl.store(block_sum + head * STRIDE + stat, tl.sum(total, 0))
 
 
 @triton.jit
 def _refine(
     counters,
-    threshold,
-    rank,
+    block_count,
+    listed,
     counts,
-    variance,
     codes,
     code_scale,
     page_scale,
     query_words,
     query_step,
-    query_square,
     mean_logits,
     log_mass,
     shift,
@@ -124,86 +115,139 @@ def _refine(
     PP: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
-    STATS_STRIDE: tl.constexpr,
-    USE_VARIANCE: tl.constexpr,
+    COUNTED: tl.constexpr,
+    STRIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DP4A: tl.constexpr,
+):
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    CHUNKS: tl.constexpr = COUNTED // BLOCK
+    block, first_of_chunk = chunk // CHUNKS, (chunk % CHUNKS) * BLOCK
+    blocks = tl.cdiv(N, COUNTED)
+    if block * COUNTED < tl.load(counters + 2):
+        stat = blocks + chunk
+        num_listed = tl.load(block_count + row * blocks + block)
+        if first_of_chunk < num_listed:
+            p = tl.arange(0, PP)
+            i = first_of_chunk + tl.arange(0, BLOCK)
+            is_candidate = i < num_listed
+            # each block's list begins where the block does
+            n = tl.load(listed + row * N + block * COUNTED + i, mask=is_candidate, other=0)
+            at = row * N + n
+            count = tl.load(counts + at, mask=is_candidate, other=0)
+            held = is_candidate[:, None] & (p[None, :] < count[:, None])
+            share = tl.load(code_scale + at[:, None] * P + p[None, :], mask=held, other=0)
+            step = tl.load(page_scale + at, mask=is_candidate, other=0.0)
+            step = step[:, None] * share.to(tl.float32) / 255.0
+            # [BLOCK, PP] words of four bytes; those of one key lie P apart
+            words = codes + at[:, None] * (GROUPS * P) + p[None, :]
+            wanted = is_candidate[:, None] & (p[None, :] < P)
+            for first in tl.static_range(0, G, HEADS):
+                a = tl.zeros([BLOCK, PP], tl.int32)
+                b = tl.zeros([BLOCK, PP], tl.int32)
+                c = tl.zeros([BLOCK, PP], tl.int32)
+                d = tl.zeros([BLOCK, PP], tl.int32)
+                here = query_words + row * G * 2 * GROUPS
+                for w in tl.static_range(GROUPS):
+                    both = tl.load(words + w * P, mask=wanted, other=0)
+                    low, high = both & 0x0F0F0F0F, (both >> 4) & 0x0F0F0F0F
+                    a = _add_products(low, high, a, here, first, w, G, GROUPS, DP4A)
+                    if first + 1 < G:
+                        b = _add_products(low, high, b, here, first + 1, w, G, GROUPS, DP4A)
+                    if first + 2 < G:
+                        c = _add_products(low, high, c, here, first + 2, w, G, GROUPS, DP4A)
+                    if first + 3 < G:
+                        d = _add_products(low, high, d, here, first + 3, w, G, GROUPS, DP4A)
+                for k in tl.static_range(HEADS):
+                    if first + k < G:
+                        products = a
+                        if k == 1:
+                            products = b
+                        if k == 2:
+                            products = c
+                        if k == 3:
+                            products = d
+                        _refine_head(
+                            products,
+                            row * G + first + k,
+                            query_step,
+                            mean_logits,
+                            log_mass,
+                            shift,
+                            block_max,
+                            block_sum,
+                            n,
+                            is_candidate,
+                            held,
+                            step,
+                            count,
+                            N,
+                            stat,
+                            softcap,
+                            SOFTCAP,
+                            STRIDE,
+                        )
+        else:
+            for head in tl.static_range(G):
+                tl.store(block_max + (row * G + head) * STRIDE + stat, float("-inf"))
+                tl.store(block_sum + (row * G + head) * STRIDE + stat, 0.0)
+
+
+@triton.jit
+def _candidates(
+    counters,
+    rank,
+    threshold,
+    log_mass,
+    block_count,
+    listed,
+    block_max,
+    block_sum,
+    N,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_pages = tl.load(counters + 2)
     if block * BLOCK < num_pages:
-        p = tl.arange(0, PP)
         n = block * BLOCK + tl.arange(0, BLOCK)
         is_page = n < num_pages
-        at = row * N + n
-        count = tl.load(counts + at, mask=is_page, other=0)
-        spread = tl.load(variance + at, mask=is_page, other=0.0)
-        least = tl.load(threshold + row)
-        is_candidate = is_page & (tl.load(rank + at, mask=is_page, other=-1) >= least)
-        held = is_candidate[:, None] & (p[None, :] < count[:, None])
-        share = tl.load(code_scale + at[:, None] * P + p[None, :], mask=held, other=0)
-        step = tl.load(page_scale + at, mask=is_candidate, other=0.0)
-        step = step[:, None] * share.to(tl.float32) / 255.0
-        # [BLOCK, PP] words of four bytes; those of one key lie P apart
-        words = codes + at[:, None] * (GROUPS * P) + p[None, :]
-        wanted = is_candidate[:, None] & (p[None, :] < P)
-        for first in tl.static_range(0, G, HEADS):
-            a = tl.zeros([BLOCK, PP], tl.int32)
-            b = tl.zeros([BLOCK, PP], tl.int32)
-            c = tl.zeros([BLOCK, PP], tl.int32)
-            d = tl.zeros([BLOCK, PP], tl.int32)
-            here = query_words + row * G * 2 * GROUPS
-            for w in tl.static_range(GROUPS):
-                both = tl.load(words + w * P, mask=wanted, other=0)
-                low, high = both & 0x0F0F0F0F, (both >> 4) & 0x0F0F0F0F
-                a = _add_products(low, high, a, here, first, w, G, GROUPS, DP4A)
-                if first + 1 < G:
-                    b = _add_products(low, high, b, here, first + 1, w, G, GROUPS, DP4A)
-                if first + 2 < G:
-                    c = _add_products(low, high, c, here, first + 2, w, G, GROUPS, DP4A)
-                if first + 3 < G:
-                    d = _add_products(low, high, d, here, first + 3, w, G, GROUPS, DP4A)
-            for k in tl.static_range(HEADS):
-                if first + k < G:
-                    products = a
-                    if k == 1:
-                        products = b
-                    if k == 2:
-                        products = c
-                    if k == 3:
-                        products = d
-                    _refine_head(
-                        products,
-                        row * G + first + k,
-                        query_step,
-                        query_square,
-                        mean_logits,
-                        log_mass,
-                        shift,
-                        block_max,
-                        block_sum,
-                        n,
-                        is_page,
-                        is_candidate,
-                        held,
-                        step,
-                        count,
-                        spread,
-                        N,
-                        block,
-                        softcap,
-                        STATS_STRIDE,
-                        USE_VARIANCE,
-                        SOFTCAP,
-                    )
+        bits = tl.load(rank + row * N + n, mask=is_page, other=-1)
+        is_candidate = bits >= tl.load(threshold + row)
+        order = tl.cumsum(is_candidate.to(tl.int32), 0) - 1
+        tl.store(listed + row * N + block * BLOCK + order, n, mask=is_candidate)
+        num_listed = tl.sum(is_candidate.to(tl.int32), 0)
+        tl.store(block_count + row * tl.cdiv(N, BLOCK) + block, num_listed)
+        # the softmax statistics of the others; `_refine` adds those of the candidates
+        g = tl.arange(0, GP)
+        keep = (g < G)[:, None] & (is_page & (is_candidate == 0))[None, :]
+        at = (row * G + g)[:, None] * N + n[None, :]
+        mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
+        largest, total = softmax_sum(mass)
+        to = (row * G + g) * STRIDE + block
+        tl.store(block_max + to, largest, mask=g < G)
+        tl.store(block_sum + to, total, mask=g < G)
 
 
 def refine(
     query: Tensor, pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape
 ) -> None:
-    """Log mass and shift of every page: of candidates from the codes of their keys, of the others
-    from the moments; with the softmax statistics of log mass. query: as given to `score`, which has
-    rounded it."""
+    """Replace log mass and shift of the candidates by what the codes of their keys give, with the
+    softmax statistics of all log masses. query: as given to `score`, which has rounded it."""
+    N, stride = shape.capacity, scratch.block_max.shape[2]
+    launch(
+        _candidates,
+        (triton.cdiv(N, COUNT_BLOCK), shape.rows),
+        *(counters, scratch.rank, scratch.threshold, scratch.log_mass),
+        *(scratch.block_count, scratch.listed, scratch.block_max, scratch.block_sum, N),
+        G=shape.group,
+        GP=power_of_two(shape.group),
+        BLOCK=COUNT_BLOCK,
+        STRIDE=stride,
+        num_warps=8,
+    )
     options: dict[str, Any] = dict(
         G=shape.group,
         HEADS=_HEADS,
@@ -211,19 +255,19 @@ def refine(
         PP=power_of_two(shape.page_size),
         GROUPS=pages.codes.shape[3],
         BLOCK=REFINE_BLOCK,
-        STATS_STRIDE=scratch.block_max.shape[2],
-        USE_VARIANCE=shape.tail == "second",
+        COUNTED=COUNT_BLOCK,
+        STRIDE=stride,
         SOFTCAP=shape.softcap is not None,
         DP4A=uses_hardware(query),
         num_warps=_WARPS,
     )
     launch(
         _refine,
-        (triton.cdiv(shape.capacity, REFINE_BLOCK), shape.rows),
-        *(counters, scratch.threshold, scratch.rank, pages.counts, pages.variance),
+        (triton.cdiv(N, COUNT_BLOCK) * (COUNT_BLOCK // REFINE_BLOCK), shape.rows),
+        *(counters, scratch.block_count, scratch.listed, pages.counts),
         *(pages.codes.view(torch.int32), pages.code_scale, pages.page_scale),
-        *(scratch.query_words, scratch.query_step, scratch.query_square, scratch.mean_logits),
+        *(scratch.query_words, scratch.query_step, scratch.mean_logits),
         *(scratch.log_mass, scratch.shift, scratch.block_max, scratch.block_sum),
-        *(shape.capacity, shape.softcap or 1.0),
+        *(N, shape.softcap or 1.0),
         **options,
     )

@@ -50,7 +50,8 @@ def _score(
     steady_values,
     steady_valid,
     mean_logits,
-    query_square,
+    log_mass,
+    shift,
     query_words,
     query_step,
     block_max,
@@ -72,7 +73,7 @@ def _score(
     GROUPS: tl.constexpr,
     GROUPS_P: tl.constexpr,
     BLOCK: tl.constexpr,
-    STATS_STRIDE: tl.constexpr,
+    STRIDE: tl.constexpr,
     USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -91,7 +92,6 @@ def _score(
     num_pages = tl.load(counters + 2)
     if block == 0:
         # the first block of each row also does what has to be done once
-        tl.store(query_square + row * G + g, square, mask=is_head)
         bins = tl.arange(0, BINS)
         for part in tl.static_range(2):
             tl.store(histogram + (part * ROWS + row) * BINS + bins, tl.zeros([BINS], tl.int32))
@@ -122,9 +122,11 @@ def _score(
         tl.store(mean_logits + out, x, mask=keep)
         count = tl.load(counts + row * N + n, mask=is_page, other=0)
         spread = tl.load(variance + row * N + n, mask=is_page, other=0.0)
-        log_mass, shift = moments(x, square, spread, count, softcap, USE_VARIANCE, SOFTCAP)
-        largest, total = softmax_sum(tl.where(is_page[None, :], log_mass + shift, float("-inf")))
-        at = (row * G + g) * STATS_STRIDE + block
+        mass, lean = moments(x, square, spread, count, softcap, USE_VARIANCE, SOFTCAP)
+        tl.store(log_mass + out, mass, mask=keep)
+        tl.store(shift + out, lean, mask=keep)
+        largest, total = softmax_sum(tl.where(is_page[None, :], mass + lean, float("-inf")))
+        at = (row * G + g) * STRIDE + block
         tl.store(block_max + at, largest, mask=is_head)
         tl.store(block_sum + at, total, mask=is_head)
 
@@ -140,8 +142,8 @@ def score(
     scratch: StepScratch,
     shape: StepShape,
 ) -> None:
-    """Logits of all page means, with the softmax statistics of log mass + shift; put the new token
-    (if there is one) into the ring. query: [B, Hq, D]; new_keys, new_values: [B, Hkv, D];
+    """Log mass and shift of all pages by their moments, with the softmax statistics of their sum; put
+    the new token (if there is one) into the ring. query: [B, Hq, D]; new_keys, new_values: [B, Hkv, D];
     new_valid: [B] bool."""
     is_float32 = pages.mean.dtype == torch.float32
     options: dict[str, Any] = dict(
@@ -157,7 +159,7 @@ def score(
         GROUPS=scratch.query_words.shape[3],
         GROUPS_P=power_of_two(scratch.query_words.shape[3]),
         BLOCK=SCORE_BLOCK,
-        STATS_STRIDE=scratch.block_max.shape[2],
+        STRIDE=scratch.block_max.shape[2],
         USE_VARIANCE=shape.tail == "second",
         SOFTCAP=shape.softcap is not None,
         PRECISION="ieee" if is_float32 else "tf32",
@@ -170,7 +172,8 @@ def score(
         *(query, new_keys, new_values, new_valid, counters),
         *(pages.counts, pages.mean, pages.variance),
         *(steady.keys, steady.values, steady.valid),
-        *(scratch.mean_logits, scratch.query_square, scratch.query_words, scratch.query_step),
+        *(scratch.mean_logits, scratch.log_mass, scratch.shift),
+        *(scratch.query_words, scratch.query_step),
         *(scratch.block_max, scratch.block_sum),
         *(scratch.histogram, scratch.arrived),
         *(shape.capacity, shape.scale, shape.softcap or 1.0),

@@ -52,8 +52,8 @@ class OffloadConfig:
     """Device memory for pages that stay resident between decode steps (CUDA): bytes, "8GiB", or a
     float share of what is free. No more than three budgets of pages are ever held."""
     max_misses: int | None = None
-    """Pages that a KV head may fetch from the host in a captured step; the rest is estimated in that
-    step. None for no limit."""
+    """Pages that a KV head may fetch from the host in a captured step; the rest is estimated in
+    that step. None for no limit."""
     prefetch: Literal["none", "runners-up", "early"] = "none"
     """What a captured step fetches ahead: nothing, for the next step the best pages that were not
     chosen, or for the next layer the pages that its predicted query chooses."""

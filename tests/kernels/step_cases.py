@@ -72,8 +72,8 @@ def make_case(
     device: str = "cpu",
     spread: float = 1.0,
 ) -> Case:
-    """A step over random pages. Some pages are short or empty, some ring slots are invalid; whatever
-    must not be read is NaN."""
+    """A step over random pages. Some pages are short or empty, some ring slots are invalid;
+    whatever must not be read is NaN."""
     random = torch.Generator().manual_seed(seed)
     B, H, N, P, D = batch, kv_heads, capacity, page_size, head_dim
     shape = StepShape(

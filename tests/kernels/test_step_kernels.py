@@ -1,4 +1,5 @@
-"""Every Triton kernel of a decode step against its torch twin: on a GPU, or in Triton's interpreter."""
+"""Every Triton kernel of a decode step against its torch twin: on a GPU, or in Triton's
+interpreter."""
 
 from __future__ import annotations
 

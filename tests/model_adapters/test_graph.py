@@ -99,9 +99,7 @@ def test_beams_are_never_captured() -> None:
     eager, graph = wrap(capture=False), wrap()
     cache = graph.new_cache()
     expected = generated(eager, ids, eager.new_cache(), num_beams=2, max_new_tokens=10)
-    assert torch.equal(
-        generated(graph, ids, cache, num_beams=2, max_new_tokens=10), expected
-    )
+    assert torch.equal(generated(graph, ids, cache, num_beams=2, max_new_tokens=10), expected)
     assert not is_captured(cache)
 
 

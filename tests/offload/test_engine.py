@@ -55,8 +55,7 @@ def eager_step(
     contexts: list[LayerContext], token: list[tuple[Tensor, Tensor, Tensor]]
 ) -> list[Tensor]:
     return [
-        context.attend(*each, None, LOGITS)
-        for context, each in zip(contexts, token, strict=True)
+        context.attend(*each, None, LOGITS) for context, each in zip(contexts, token, strict=True)
     ]
 
 
@@ -119,7 +118,9 @@ def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
         assert one.paged.segments == other.paged.segments
         assert one.steady.start == other.steady.start
         end = one.paged.num_tokens
-        for mine, expected in zip(one.paged.recover(0, end), other.paged.recover(0, end), strict=True):
+        for mine, expected in zip(
+            one.paged.recover(0, end), other.paged.recover(0, end), strict=True
+        ):
             assert torch.equal(mine, expected)
         for name in ("counts", "token_ids", "mean", "codes", "code_scale", "value_mean"):
             assert torch.equal(getattr(one.paged, name).view, getattr(other.paged, name).view)
@@ -200,9 +201,13 @@ def test_host_budget_runs_out_between_steps() -> None:
     arena = taken[0].paged.arena
     arena.allocate(arena.capacity - arena.num_pages)
     arena.budget.limit = arena.budget.used
-    with pytest.raises(CapacityError, match="cpu_budget"):
+
+    def run_on() -> None:
         for _ in range(40):
             engine_step(engine, steps.token())
+
+    with pytest.raises(CapacityError, match="cpu_budget"):
+        run_on()
     length = engine.num_tokens
     engine.give_back()
     assert all(context.num_tokens == length for context in taken)

@@ -1,8 +1,8 @@
 """The tensors of a decode step on a device: fixed shapes at fixed addresses, so that one CUDA graph
 can hold the step while the context grows. What changes from step to step is read on the device.
 
-Letters as in `wavekv.kernels.reference`; besides N pages of capacity, S slots of the page pool and M
-pages that a step may choose, for each KV head; A sink tokens, and L local tokens in a ring.
+Letters as in `wavekv.kernels.reference`; besides N pages of capacity, S slots of the page pool and
+M pages that a step may choose, for each KV head; A sink tokens, and L local tokens in a ring.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ class StepShape:
 
 
 class StepPages(NamedTuple):
-    """What the device holds of all pages of a layer; the first `counters[PAGES]` of N are in use."""
+    """What the device holds of all pages of a layer; the first `counters[PAGES]` of N are in
+    use."""
 
     counts: Tensor
     """[B, Hkv, N] int32"""
@@ -184,7 +185,8 @@ class StepScratch(NamedTuple):
     block_count: Tensor
     """[B, Hkv, N / COUNT_BLOCK] int32 ranks of each block that reach a threshold."""
     listed: Tensor
-    """[B, Hkv, N] int32 their pages, ascending; of candidates each block's from its own start on."""
+    """[B, Hkv, N] int32 their pages, ascending; of candidates each block's from its own start
+    on."""
     listed_rank: Tensor
     """[B, Hkv, N] int32 their final ranks."""
     chosen: Tensor
@@ -208,7 +210,8 @@ class StepScratch(NamedTuple):
     slope: Tensor
     """[B, Hq, spans, D] float32, times `slope_spread`."""
     slope_spread: Tensor
-    """[B, Hq, spans, D / SLOPE_ROWS] float32: parts of the spread that the slope is to be divided by."""
+    """[B, Hq, spans, D / SLOPE_ROWS] float32: parts of the spread that the slope is to be divided
+    by."""
     out: Tensor
     """[B, Hq, D] float32"""
 
@@ -289,7 +292,7 @@ def empty_totals(shape: StepShape, device: torch.device) -> StepTotals:
 
 
 def bin_base(group: int) -> int:
-    """The number of the lowest bin: the highest holds ranks up to 2 * group, and the lowest all that
-    are smaller than the others' range."""
+    """The number of the lowest bin: the highest holds ranks up to 2 * group, and the lowest all
+    that are smaller than the others' range."""
     top = torch.tensor(2.0 * group).view(torch.int32)
     return (int(top) >> BIN_SHIFT) - (NUM_BINS - 1)

@@ -1,5 +1,5 @@
-"""A decode step in plain torch: the definition of what `wavekv.kernels.cuda` computes, and what runs
-where there is no CUDA device. Same names, same arguments; counters are read on the host here.
+"""A decode step in plain torch: the definition of what `wavekv.kernels.cuda` computes, and what
+runs where there is no CUDA device. Same names, same arguments; counters are read on the host here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def score(
     shape: StepShape,
 ) -> None:
     n = int(counters[PAGES])
-    if new_keys is not None:
+    if new_keys is not None and new_values is not None and new_valid is not None:
         slot = shape.sinks + int(counters[END]) % shape.ring
         steady.keys[:, :, slot] = new_keys
         steady.values[:, :, slot] = new_values

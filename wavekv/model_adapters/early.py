@@ -1,8 +1,8 @@
 """The query of the next layer, guessed one layer early from what enters this one.
 
 The residual stream changes little in a layer, so the next layer's norm, query projection and rotary
-embedding give nearly its query while this layer still runs (InfiniGen, OSDI 2024, section 4.3, which
-does so with a part of the weights). Pages that it would choose are fetched meanwhile.
+embedding give nearly its query while this layer still runs (InfiniGen, OSDI 2024, section 4.3,
+which does so with a part of the weights). Pages that it would choose are fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def guessed_query(layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor] | 
     if hasattr(attention, "q_norm"):
         query = attention.q_norm(query)
     query = query.transpose(1, 2)
-    if rotation is None:
-        return query
-    rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb
-    turned: Tensor = rotate(query, query, *rotation)[0]
-    return turned
+    if rotation is not None:
+        rotate = sys.modules[type(layer).__module__].apply_rotary_pos_emb
+        query = rotate(query, query, *rotation)[0]
+    guess: Tensor = query
+    return guess

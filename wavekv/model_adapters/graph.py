@@ -1,7 +1,7 @@
 """Decode steps of a wrapped model as one CUDA graph: replayed while the context grows.
 
-The model's own forward is captured once, with wavekv's attention inside; after that a step costs the
-host one launch. What cannot be captured runs as before, and the log says why.
+The model's own forward is captured once, with wavekv's attention inside; after that a step costs
+the host one launch. What cannot be captured runs as before, and the log says why.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ class _StepGraph:
             torch.cuda.current_stream(engine.device).wait_stream(side)
             engine.capture_growth()
             self._graph = torch.cuda.CUDAGraph()
-            options = {"stream": side, "capture_error_mode": "thread_local"}
-            with early, torch.cuda.graph(self._graph, **options):
+            capture = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
+            with early, capture:
                 self._logits = self._forward()
         engine.reset()
 

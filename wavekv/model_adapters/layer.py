@@ -28,8 +28,8 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         number: int,
         padding: PaddingRecord | None = None,
     ) -> None:
-        """number: which of the offloaded layers this is. `padding`: the record that this layer keeps
-        for its cache, if it is the one to."""
+        """number: which of the offloaded layers this is. `padding`: the record that this layer
+        keeps for its cache, if it is the one to."""
         super().__init__()
         self.number = number
         self.padding = padding

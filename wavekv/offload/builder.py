@@ -90,7 +90,8 @@ class FormedPages(NamedTuple):
     """Tokens of R rows gathered into pages, with what is known of each page."""
 
     order: Tensor
-    """[R, n, P] int64: which token of the row is in each slot; tokens that are not valid come last."""
+    """[R, n, P] int64: which token of the row is in each slot; tokens that are not valid come
+    last."""
     counts: Tensor
     """[R, n] int32 valid tokens of each page."""
     keys: Tensor

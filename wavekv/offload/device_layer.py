@@ -38,8 +38,8 @@ class DeviceLayer:
     """The tensors that a step of one layer works on."""
 
     def __init__(self, context: LayerContext, steady: StepSteady, shape: StepShape) -> None:
-        """The index of `context` gets buffers of `shape.capacity` pages; its local tokens are copied
-        to `steady`, all of it at once."""
+        """The index of `context` gets buffers of `shape.capacity` pages; its local tokens are
+        copied to `steady`, all of it at once."""
         self.context, self.steady = context, steady
         zone = context.steady
         self.pages = fitted_pages(context.paged, shape)
@@ -117,5 +117,5 @@ def fitted_pages(paged: PagedZone, shape: StepShape) -> StepPages:
     ids = paged.page_ids.view
     arena_ids = torch.zeros(*ids.shape[:2], shape.capacity, dtype=torch.int64)
     arena_ids[:, :, : ids.shape[2]] = ids
-    buffers = (part.buffer for part in device_parts(paged))
-    return StepPages(*buffers, spans.buffer, arena_ids.to(spans.buffer.device))
+    buffers = [part.buffer for part in device_parts(paged)]
+    return StepPages._make([*buffers, spans.buffer, arena_ids.to(spans.buffer.device)])

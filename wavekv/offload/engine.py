@@ -3,8 +3,8 @@ CUDA graph can hold the steps of all layers.
 
 An engine takes the contexts of a cache over into buffers of fixed capacity, runs steps on them, and
 gives them back as if the steps had run one by one. Per layer a step is score, rank, refine, rank,
-select, resolve, fetch, attend, estimate, merge (`wavekv.kernels.cuda`). Pages missing from the pool are
-fetched on a second stream while the others are estimated.
+select, resolve, fetch, attend, estimate, merge (`wavekv.kernels.cuda`). Pages missing from the pool
+are fetched on a second stream while the others are estimated.
 """
 
 from __future__ import annotations
@@ -77,15 +77,16 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
 
 
 class DecodeEngine:
-    """Steps of all layers of a cache. Made by `DecodeEngine(contexts, ops)`; ended by `give_back`."""
+    """Steps of all layers of a cache. Made by `DecodeEngine(contexts, ops)`; ended by
+    `give_back`."""
 
     def __init__(self, contexts: Sequence[LayerContext], ops: ModuleType) -> None:
         """contexts: settled, and such that `engine_refusal` is None. ops: `wavekv.kernels.cuda`, or
         its twin `wavekv.kernels.step_reference`.
 
         Raises:
-            CapacityError: device_budget does not hold the pages of one step. The contexts are as they
-                were.
+            CapacityError: device_budget does not hold the pages of one step. The contexts are as
+                they were.
         """
         self.ops, self.config = ops, contexts[0].runtime.config
         zone, paged = contexts[0].steady, contexts[0].paged
@@ -218,8 +219,8 @@ class DecodeEngine:
         logits: Logits,
         sink_logits: Tensor | None,
     ) -> Tensor:
-        """Layer `number` of a step: take the new token in, attend. query: [B, Hq, 1, D]; keys, values:
-        [B, Hkv, 1, D]. Returns [B, Hq, 1, D] float32, overwritten by the next layer."""
+        """Layer `number` of a step: take the new token in, attend. query: [B, Hq, 1, D]; keys,
+        values: [B, Hkv, 1, D]. Returns [B, Hq, 1, D] float32, overwritten by the next layer."""
         layer, scratch, ops = self.layers[number], self.scratch, self.ops
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
         self.last_queries[number] = query[:, :, 0]
@@ -286,8 +287,8 @@ class DecodeEngine:
                     if not is_right or not torch.equal(resident, pages.sort().values):
                         raise RuntimeError(
                             f"pool integrity: layer {number}, sequence {b}, KV head {h}: the page "
-                            f"table names {len(resident)} resident pages, {len(slots)} of {S} slots "
-                            "have owners, and they do not match"
+                            f"table names {len(resident)} resident pages, {len(slots)} of {S} "
+                            "slots have owners, and they do not match"
                         )
 
     def give_back(self) -> None:
@@ -383,7 +384,7 @@ class DecodeEngine:
         slots = min(POOL_BUDGETS * most, size // slot_bytes)
         if slots < most:
             raise CapacityError(
-                f"the pages of one step need {most * slot_bytes / 2**20:.0f} MiB on the device, but "
+                f"the pages of one step need {most * slot_bytes / 2**20:.0f} MiB of device memory, "
                 f"device_budget is {size / 2**20:.0f} MiB; raise device_budget, lower budget, or "
                 "free device memory"
             )

@@ -1,8 +1,9 @@
 """Pages of generated tokens, built for all layers at once beside the steps of a decode engine.
 
-The oldest local tokens stay in the ring while pages are made of them on a stream of their own, behind
-the pages that steps read. Between two steps the counters then move on: from there the tokens are in
-their pages and no longer local. On CUDA the whole work is one graph, so that it costs the host a launch.
+The oldest local tokens stay in the ring while pages are made of them on a stream of their own,
+behind the pages that steps read. Between two steps the counters then move on: from there the tokens
+are in their pages and no longer local. On CUDA the whole work is one graph, so that it costs the
+host a launch.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Growth:
         return self._done is None or self._done.query()
 
     def capture(self, arena_ids: Tensor) -> None:
-        """Make the graph. arena_ids: pages that are free to be written. What a rehearsal writes lies
-        behind the pages in use."""
+        """Make the graph. arena_ids: pages that are free to be written. What a rehearsal writes
+        lies behind the pages in use."""
         if self._stream is None:
             return
         self._arena_ids.copy_(arena_ids.view(self._arena_ids.shape))

@@ -1,4 +1,5 @@
-"""The kernels of a decode step in Triton, beside their torch twins in `wavekv.kernels.step_reference`.
+"""The kernels of a decode step in Triton, beside their torch twins in
+`wavekv.kernels.step_reference`.
 
 Importing this needs triton.
 """

@@ -1,5 +1,5 @@
-"""Exact attention of one query to pages in the pool and to the steady zone, split over both, and the
-merge of all states."""
+"""Exact attention of one query to pages in the pool and to the steady zone, split over both, and
+the merge of all states."""
 
 from typing import Any
 
@@ -122,25 +122,25 @@ def attend(
     first = 0 if pages else shape.page_parts
     count = shape.page_parts if pages else shape.attend_parts - shape.page_parts
     page_size = power_of_two(shape.page_size)
-    options: dict[str, Any] = dict(
-        H=shape.kv_heads,
-        G=shape.group,
-        GP=max(16, power_of_two(shape.group)),
-        D=shape.head_dim,
-        DP=max(16, power_of_two(shape.head_dim)),
-        P=shape.page_size,
-        PP=page_size,
-        SINKS=shape.sinks,
-        RING=shape.ring,
-        FIRST=first,
-        PAGE_PARTS=shape.page_parts,
-        PARTS=scratch.part_lse.shape[2],
-        PAGES=shape.attend_pages,
-        TOKENS=ATTEND_TOKENS,
-        SOFTCAP=shape.softcap is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4,
-    )
+    options: dict[str, Any] = {
+        "H": shape.kv_heads,
+        "G": shape.group,
+        "GP": max(16, power_of_two(shape.group)),
+        "D": shape.head_dim,
+        "DP": max(16, power_of_two(shape.head_dim)),
+        "P": shape.page_size,
+        "PP": page_size,
+        "SINKS": shape.sinks,
+        "RING": shape.ring,
+        "FIRST": first,
+        "PAGE_PARTS": shape.page_parts,
+        "PARTS": scratch.part_lse.shape[2],
+        "PAGES": shape.attend_pages,
+        "TOKENS": ATTEND_TOKENS,
+        "SOFTCAP": shape.softcap is not None,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": 4,
+    }
     launch(
         _attend,
         (count, shape.rows),
@@ -213,21 +213,22 @@ def merge(
     sinks: Tensor | None,
     shape: StepShape,
 ) -> None:
-    """Join all states into `scratch.out`. sinks: [Hq] logits of learned attention sinks, or None."""
+    """Join all states into `scratch.out`. sinks: [Hq] logits of learned attention sinks, or
+    None."""
     parts = scratch.part_lse.shape[2]
-    options: dict[str, Any] = dict(
-        HQ=shape.kv_heads * shape.group,
-        D=shape.head_dim,
-        DIMS=_MERGE_DIMS,
-        ATTEND_PARTS=shape.attend_parts,
-        ESTIMATE_BLOCK=shape.estimate_block,
-        PARTS=parts,
-        PARTS_P=power_of_two(parts),
-        BLOCK=min(power_of_two(parts), _MERGE_PARTS),
-        HAS_SINKS=sinks is not None,
-        USE_TAIL=shape.tail != "none",
-        num_warps=8,
-    )
+    options: dict[str, Any] = {
+        "HQ": shape.kv_heads * shape.group,
+        "D": shape.head_dim,
+        "DIMS": _MERGE_DIMS,
+        "ATTEND_PARTS": shape.attend_parts,
+        "ESTIMATE_BLOCK": shape.estimate_block,
+        "PARTS": parts,
+        "PARTS_P": power_of_two(parts),
+        "BLOCK": min(power_of_two(parts), _MERGE_PARTS),
+        "HAS_SINKS": sinks is not None,
+        "USE_TAIL": shape.tail != "none",
+        "num_warps": 8,
+    }
     launch(
         _merge,
         (shape.rows * shape.group, triton.cdiv(shape.head_dim, _MERGE_DIMS)),

@@ -56,19 +56,19 @@ def _value_slope(
 def value_slope(
     query: Tensor, pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape
 ) -> None:
-    """How values go with logits in each span: see `wavekv.kernels.value_slope`. The quotient is left
-    to `estimate`."""
+    """How values go with logits in each span: see `wavekv.kernels.value_slope`. The quotient is
+    left to `estimate`."""
     spans, parts = scratch.slope_spread.shape[2:]
-    options: dict[str, Any] = dict(
-        SPAN_PAGES=shape.span_pages,
-        G=shape.group,
-        D=shape.head_dim,
-        DP=power_of_two(shape.head_dim),
-        ROWS=SLOPE_ROWS,
-        PARTS=parts,
-        SPANS=spans,
-        num_warps=4,
-    )
+    options: dict[str, Any] = {
+        "SPAN_PAGES": shape.span_pages,
+        "G": shape.group,
+        "D": shape.head_dim,
+        "DP": power_of_two(shape.head_dim),
+        "ROWS": SLOPE_ROWS,
+        "PARTS": parts,
+        "SPANS": spans,
+        "num_warps": 4,
+    }
     launch(
         _value_slope,
         (spans * parts, shape.rows),
@@ -165,24 +165,24 @@ def _estimate(
 def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape) -> None:
     """The states of all pages but the attended ones, as parts of `scratch.part_out`."""
     is_float32 = pages.value_mean.dtype == torch.float32
-    options: dict[str, Any] = dict(
-        G=shape.group,
-        GP=max(16, power_of_two(shape.group)),
-        D=shape.head_dim,
-        DP=max(16, power_of_two(shape.head_dim)),
-        FIRST=shape.attend_parts,
-        PARTS=scratch.part_lse.shape[2],
-        SPANS=scratch.slope.shape[2],
-        SPAN_PAGES=shape.span_pages,
-        SPREADS=scratch.slope_spread.shape[3],
-        SPREADS_P=power_of_two(scratch.slope_spread.shape[3]),
-        BLOCK=shape.estimate_block,
-        TILE=min(max(16, shape.estimate_block), _TILE),
-        USE_SLOPE=shape.tail == "second",
-        PRECISION="ieee" if is_float32 else "tf32",
-        num_warps=_WARPS,
-        num_stages=_STAGES,
-    )
+    options: dict[str, Any] = {
+        "G": shape.group,
+        "GP": max(16, power_of_two(shape.group)),
+        "D": shape.head_dim,
+        "DP": max(16, power_of_two(shape.head_dim)),
+        "FIRST": shape.attend_parts,
+        "PARTS": scratch.part_lse.shape[2],
+        "SPANS": scratch.slope.shape[2],
+        "SPAN_PAGES": shape.span_pages,
+        "SPREADS": scratch.slope_spread.shape[3],
+        "SPREADS_P": power_of_two(scratch.slope_spread.shape[3]),
+        "BLOCK": shape.estimate_block,
+        "TILE": min(max(16, shape.estimate_block), _TILE),
+        "USE_SLOPE": shape.tail == "second",
+        "PRECISION": "ieee" if is_float32 else "tf32",
+        "num_warps": _WARPS,
+        "num_stages": _STAGES,
+    }
     launch(
         _estimate,
         (shape.estimate_parts, shape.rows),

@@ -119,26 +119,26 @@ def rank_pages(
     candidates by log mass + shift, at the end by log mass."""
     stride = scratch.block_max.shape[2]
     stats = stride if is_final else triton.cdiv(shape.capacity, SCORE_BLOCK)
-    options: dict[str, Any] = dict(
-        G=shape.group,
-        GP=power_of_two(shape.group),
-        PART=int(is_final),
-        LIMIT=WIDE if is_final else CANDIDATES,
-        MOST_LIMIT=MOST,
-        ROWS=shape.rows,
-        BINS=NUM_BINS,
-        SHIFT=BIN_SHIFT,
-        BASE=bin_base(shape.group),
-        NEVER=_NEVER,
-        STATS=stats,
-        STATS_P=power_of_two(stats),
-        SCORED=SCORE_BLOCK,
-        COUNTED=COUNT_BLOCK,
-        GROUPS=COUNT_BLOCK // REFINE_BLOCK,
-        STRIDE=stride,
-        BLOCK=_BLOCK,
-        num_warps=8,
-    )
+    options: dict[str, Any] = {
+        "G": shape.group,
+        "GP": power_of_two(shape.group),
+        "PART": int(is_final),
+        "LIMIT": WIDE if is_final else CANDIDATES,
+        "MOST_LIMIT": MOST,
+        "ROWS": shape.rows,
+        "BINS": NUM_BINS,
+        "SHIFT": BIN_SHIFT,
+        "BASE": bin_base(shape.group),
+        "NEVER": _NEVER,
+        "STATS": stats,
+        "STATS_P": power_of_two(stats),
+        "SCORED": SCORE_BLOCK,
+        "COUNTED": COUNT_BLOCK,
+        "GROUPS": COUNT_BLOCK // REFINE_BLOCK,
+        "STRIDE": stride,
+        "BLOCK": _BLOCK,
+        "num_warps": 8,
+    }
     launch(
         _rank,
         (triton.cdiv(shape.capacity, _BLOCK), shape.rows),

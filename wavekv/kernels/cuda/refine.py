@@ -248,19 +248,19 @@ def refine(
         STRIDE=stride,
         num_warps=8,
     )
-    options: dict[str, Any] = dict(
-        G=shape.group,
-        HEADS=_HEADS,
-        P=shape.page_size,
-        PP=power_of_two(shape.page_size),
-        GROUPS=pages.codes.shape[3],
-        BLOCK=REFINE_BLOCK,
-        COUNTED=COUNT_BLOCK,
-        STRIDE=stride,
-        SOFTCAP=shape.softcap is not None,
-        DP4A=uses_hardware(query),
-        num_warps=_WARPS,
-    )
+    options: dict[str, Any] = {
+        "G": shape.group,
+        "HEADS": _HEADS,
+        "P": shape.page_size,
+        "PP": power_of_two(shape.page_size),
+        "GROUPS": pages.codes.shape[3],
+        "BLOCK": REFINE_BLOCK,
+        "COUNTED": COUNT_BLOCK,
+        "STRIDE": stride,
+        "SOFTCAP": shape.softcap is not None,
+        "DP4A": uses_hardware(query),
+        "num_warps": _WARPS,
+    }
     launch(
         _refine,
         (triton.cdiv(N, COUNT_BLOCK) * (COUNT_BLOCK // REFINE_BLOCK), shape.rows),

@@ -103,17 +103,17 @@ def resolve(
     *,
     is_prefetch: bool = False,
 ) -> None:
-    """Find the slot of each chosen page. Misses take the slots that were used least recently, never one
-    of this step; `fetch` fills them. Misses beyond `shape.misses` are left to the estimate.
+    """Find the slot of each chosen page. Misses take the slots that were used least recently, never
+    one of this step; `fetch` fills them. Misses beyond `shape.misses` are left to the estimate.
 
     A prefetch makes its pages resident and counts as a use, but nothing is attended to."""
-    options: dict[str, Any] = dict(
-        MP=power_of_two(scratch.chosen.shape[2]),
-        SP=power_of_two(shape.slots),
-        AGES=AGES,
-        PREFETCH=is_prefetch,
-        num_warps=min(32, max(4, power_of_two(shape.slots) // 128)),
-    )
+    options: dict[str, Any] = {
+        "MP": power_of_two(scratch.chosen.shape[2]),
+        "SP": power_of_two(shape.slots),
+        "AGES": AGES,
+        "PREFETCH": is_prefetch,
+        "num_warps": min(32, max(4, power_of_two(shape.slots) // 128)),
+    }
     launch(
         _resolve,
         (shape.rows,),

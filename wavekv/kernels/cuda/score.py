@@ -142,30 +142,30 @@ def score(
     scratch: StepScratch,
     shape: StepShape,
 ) -> None:
-    """Log mass and shift of all pages by their moments, with the softmax statistics of their sum; put
-    the new token (if there is one) into the ring. query: [B, Hq, D]; new_keys, new_values: [B, Hkv, D];
-    new_valid: [B] bool."""
+    """Log mass and shift of all pages by their moments, with the softmax statistics of their sum;
+    put the new token (if there is one) into the ring. query: [B, Hq, D]; new_keys, new_values: [B,
+    Hkv, D]; new_valid: [B] bool."""
     is_float32 = pages.mean.dtype == torch.float32
-    options: dict[str, Any] = dict(
-        SINKS=shape.sinks,
-        RING=shape.ring,
-        H=shape.kv_heads,
-        G=shape.group,
-        GP=max(16, power_of_two(shape.group)),
-        D=shape.head_dim,
-        DP=max(16, power_of_two(shape.head_dim)),
-        ROWS=shape.rows,
-        BINS=NUM_BINS,
-        GROUPS=scratch.query_words.shape[3],
-        GROUPS_P=power_of_two(scratch.query_words.shape[3]),
-        BLOCK=SCORE_BLOCK,
-        STRIDE=scratch.block_max.shape[2],
-        USE_VARIANCE=shape.tail == "second",
-        SOFTCAP=shape.softcap is not None,
-        PRECISION="ieee" if is_float32 else "tf32",
-        APPEND=new_keys is not None,
-        num_warps=_WARPS,
-    )
+    options: dict[str, Any] = {
+        "SINKS": shape.sinks,
+        "RING": shape.ring,
+        "H": shape.kv_heads,
+        "G": shape.group,
+        "GP": max(16, power_of_two(shape.group)),
+        "D": shape.head_dim,
+        "DP": max(16, power_of_two(shape.head_dim)),
+        "ROWS": shape.rows,
+        "BINS": NUM_BINS,
+        "GROUPS": scratch.query_words.shape[3],
+        "GROUPS_P": power_of_two(scratch.query_words.shape[3]),
+        "BLOCK": SCORE_BLOCK,
+        "STRIDE": scratch.block_max.shape[2],
+        "USE_VARIANCE": shape.tail == "second",
+        "SOFTCAP": shape.softcap is not None,
+        "PRECISION": "ieee" if is_float32 else "tf32",
+        "APPEND": new_keys is not None,
+        "num_warps": _WARPS,
+    }
     launch(
         _score,
         (triton.cdiv(shape.capacity, SCORE_BLOCK), shape.rows),

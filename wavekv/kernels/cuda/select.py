@@ -1,7 +1,8 @@
 """The pages that each KV head attends to exactly: the best by rank, without a sort of all.
 
-Ranks above the threshold of the histogram are collected in the order of their pages; they are hardly
-more than the pages wanted. Among these the last rank to take is found by bisection of its bits.
+Ranks above the threshold of the histogram are collected in the order of their pages; they are
+hardly more than the pages wanted. Among these the last rank to take is found by bisection of its
+bits.
 """
 
 from typing import Any
@@ -156,7 +157,7 @@ def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepSh
     N, rows = shape.capacity, shape.rows
     blocks = triton.cdiv(N, COUNT_BLOCK)
     final = scratch.threshold[1]
-    options: dict[str, Any] = dict(BLOCK=COUNT_BLOCK, num_warps=4)
+    options: dict[str, Any] = {"BLOCK": COUNT_BLOCK, "num_warps": 4}
     launch(
         _count,
         (blocks, rows),
@@ -189,19 +190,19 @@ def pick(
     # with top_p the last rank taken may be anywhere above the threshold
     rounds = -(-(BIN_SHIFT if top_p is None and not shape.is_wide else 31) // _PROBE_BITS)
     blocks = triton.cdiv(shape.capacity, COUNT_BLOCK)
-    options: dict[str, Any] = dict(
-        LEAST_LIMIT=LEAST,
-        MOST_LIMIT=WIDE if wide else MOST,
-        TOP_P=top_p is not None,
-        BLOCKS=power_of_two(blocks),
-        COUNT=COUNT_BLOCK,
-        BLOCK=min(_LIST_BLOCK, power_of_two(shape.capacity)),
-        PROBES=1 << _PROBE_BITS,
-        WIDTH=1 << (rounds * _PROBE_BITS),
-        ROUNDS=rounds,
-        PAD=power_of_two(chosen.shape[2]),
-        num_warps=8,
-    )
+    options: dict[str, Any] = {
+        "LEAST_LIMIT": LEAST,
+        "MOST_LIMIT": WIDE if wide else MOST,
+        "TOP_P": top_p is not None,
+        "BLOCKS": power_of_two(blocks),
+        "COUNT": COUNT_BLOCK,
+        "BLOCK": min(_LIST_BLOCK, power_of_two(shape.capacity)),
+        "PROBES": 1 << _PROBE_BITS,
+        "WIDTH": 1 << (rounds * _PROBE_BITS),
+        "ROUNDS": rounds,
+        "PAD": power_of_two(chosen.shape[2]),
+        "num_warps": 8,
+    }
     launch(
         _pick,
         (shape.rows,),

@@ -1,5 +1,6 @@
-"""Pages between pinned host memory and the device, by kernels that address the host directly (unified
-virtual addressing): what to move is known on the device only, and nothing waits for the CPU."""
+"""Pages between pinned host memory and the device, by kernels that address the host directly
+(unified virtual addressing): what to move is known on the device only, and nothing waits for the
+CPU."""
 
 from typing import Any
 
@@ -84,15 +85,15 @@ def fetch(arena: StepArena, pool: StepPool, scratch: StepScratch, shape: StepSha
     """Bring the pages that `resolve` found missing into their slots."""
     words = _as_words(pool.pages)
     num_words = words.shape[3]
-    options: dict[str, Any] = dict(
-        ROWS=shape.rows,
-        ROWS_P=power_of_two(shape.rows),
-        WORDS=num_words,
-        WORDS_P=power_of_two(num_words),
-        TILE=_ROWS,
-        PROGRAMS=_PROGRAMS,
-        num_warps=8,
-    )
+    options: dict[str, Any] = {
+        "ROWS": shape.rows,
+        "ROWS_P": power_of_two(shape.rows),
+        "WORDS": num_words,
+        "WORDS_P": power_of_two(num_words),
+        "TILE": _ROWS,
+        "PROGRAMS": _PROGRAMS,
+        "num_warps": 8,
+    }
     launch(
         _fetch,
         (_PROGRAMS,),
@@ -106,13 +107,13 @@ def store(pages: Tensor, arena_ids: Tensor, arena: StepArena) -> None:
     """Write pages [n, 2, P, D] to the host arena under arena_ids [n] int64."""
     words = pages.flatten(1).view(torch.int32)
     num_words = words.shape[1]
-    options: dict[str, Any] = dict(
-        WORDS=num_words,
-        WORDS_P=power_of_two(num_words),
-        TILE=_ROWS,
-        PROGRAMS=_PROGRAMS,
-        num_warps=8,
-    )
+    options: dict[str, Any] = {
+        "WORDS": num_words,
+        "WORDS_P": power_of_two(num_words),
+        "TILE": _ROWS,
+        "PROGRAMS": _PROGRAMS,
+        "num_warps": 8,
+    }
     launch(
         _store,
         (_PROGRAMS,),

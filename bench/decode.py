@@ -1,6 +1,7 @@
 """Milliseconds a token of decoding with long contexts, for each system, against the byte floor.
 
     python bench/decode.py --contexts 32K,128K,512K --plot docs/assets/decode.svg
+    python bench/decode.py --contexts 128K --sweep-reuse 0.45 0.66 0.9 --sweep-prefetch none early
     python bench/decode.py --device cpu --shape tiny --contexts 1K,2K --json /tmp/decode.json
 
 A context is filled without running a prompt. The floor of a step is the bytes that it must read
@@ -10,20 +11,29 @@ from device memory over the bandwidth of a large copy inside the device, measure
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from decode_baselines import dynamic_cache, full_attention, offloaded_cache
-from decode_model import SHAPES, copy_bandwidth, decoder_config, random_decoder, step_bytes
+from decode_model import (
+    SHAPES,
+    copy_bandwidth,
+    decoder_config,
+    random_decoder,
+    release_memory,
+    step_bytes,
+)
+from decode_ours import add_flags, exact, retrieval, sweep
 from decode_result import Result
 from machine import machine_record
 from transformers import LlamaForCausalLM
+
+from wavekv.errors import CapacityError
 
 System = Callable[[argparse.Namespace, LlamaForCausalLM, int, int], Result]
 
@@ -31,12 +41,17 @@ SYSTEMS: dict[str, System] = {
     "full": full_attention,
     "dynamic": dynamic_cache,
     "offloaded": offloaded_cache,
+    "retrieval": retrieval,
+    "exact": exact,
 }
 LABELS = {
     "full": "full attention, all in device memory, one graph",
     "dynamic": "transformers DynamicCache, eager",
     "offloaded": "transformers offloaded cache",
+    "retrieval": "wavekv, one graph",
+    "exact": "wavekv, all pages streamed",
 }
+KERNELS_SHOWN = 25
 UNITS = {"K": 1 << 10, "M": 1 << 20}
 
 
@@ -62,25 +77,26 @@ def run_system(name: str, args: argparse.Namespace, model: LlamaForCausalLM, tok
     except torch.OutOfMemoryError as error:
         notes = f"out of device memory: {str(error).splitlines()[0]}"
         result = Result(name, tokens, args.batch, notes=notes)
+    except CapacityError as error:
+        result = Result(name, tokens, args.batch, notes=str(error))
     release_memory()
     return result
 
 
-def release_memory() -> None:
-    """Give unused device memory and pinned memory back, for the next system."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        empty_host_cache = getattr(torch._C, "_host_emptyCache", None)
-        if empty_host_cache is not None:
-            empty_host_cache()
+def results(args: argparse.Namespace, model: LlamaForCausalLM, tokens: int) -> Iterator[Result]:
+    """All that is wanted at one context."""
+    if args.is_sweep:
+        yield from sweep(args, model, tokens, args.batch)
+    else:
+        yield from (run_system(name, args, model, tokens) for name in args.which)
 
 
 def as_row(result: Result, bandwidth: float) -> dict[str, Any]:
     """JSON-ready figures of a result, with its floor."""
     floor = 1e3 * result.bytes_read / bandwidth if result.bytes_read else None
-    return asdict(result) | {"floor_ms": floor, "times_floor": result.times_floor(bandwidth)}
+    row = asdict(result)
+    extra = row.pop("extra")
+    return row | {"floor_ms": floor, "times_floor": result.times_floor(bandwidth)} | extra
 
 
 HEADER = (
@@ -97,7 +113,30 @@ def table_line(row: dict[str, Any]) -> str:
     times = f"{row['ms_median']:>10.2f}{row['ms_p10']:>9.2f}{row['ms_p99']:>9.2f}"
     floor = "–" if row["times_floor"] is None else f"{row['times_floor']:.2f}"
     memory = f"{row['device_bytes'] / 2**30:>12.2f}{row['host_bytes'] / 2**30:>10.2f}"
-    return f"{head}{times}{floor:>9}{memory}  {row['notes']}"
+    line = f"{head}{times}{floor:>9}{memory}  {row['notes']}"
+    return "\n    ".join([line, *more_lines(row)])
+
+
+def more_lines(row: dict[str, Any]) -> Iterator[str]:
+    """What a row of wavekv says besides."""
+    if "pcie_bytes" in row:
+        moved = f"{row['pcie_bytes'] / 2**20:.1f} MiB a step from the host"
+        yield f"{moved}; {row['host_layers']} layers have host pages of their own"
+    if "hit_rate" in row:
+        yield (
+            f"reuse {row['reuse_seen']:.3f} ({row['reuse_asked']} asked), hits "
+            f"{row['hit_rate']:.3f}, left out {row['left_out']:.3f}; budget {row['budget']}, "
+            f"refine {row['refine']}, prefetch {row['prefetch']}, max_misses {row['max_misses']}, "
+            f"{row['appends']} appends"
+        )
+    if "p99" in row:
+        run = row["p99"]
+        yield (
+            f"{run['steps']} steps one by one: median {run['ms_median']:.2f}, p99 "
+            f"{run['ms_p99']:.2f}, max {run['ms_max']:.2f} ms; {run['appends']} appends"
+        )
+    for kernel in row.get("kernels", [])[:KERNELS_SHOWN]:
+        yield f"{kernel['us']:>9.2f} us {kernel['calls']:>7.1f} x  {kernel['name'][:70]}"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -147,12 +186,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("bench/results/decode.json"))
     parser.add_argument("--plot", type=Path)
+    add_flags(parser)
     args = parser.parse_args()
     args.which = [name.strip() for name in args.which.split(",")]
     args.contexts = [context_length(text) for text in args.contexts.split(",")]
     unknown = [name for name in args.which if name not in SYSTEMS]
     if unknown:
         parser.error(f"unknown systems {unknown}; there are {list(SYSTEMS)}")
+    args.is_sweep = bool(args.sweep_reuse or args.sweep_prefetch)
+    if args.profile and (args.is_sweep or len(args.contexts) > 1):
+        parser.error("--profile wants one context and no sweep")
     return args
 
 
@@ -182,8 +225,8 @@ def main() -> None:
     print(f"device copy, read + write: {bandwidth / 1e9:.0f} GB/s\n{HEADER}", flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for tokens in args.contexts:
-        for name in args.which:
-            row = as_row(run_system(name, args, model, tokens), bandwidth)
+        for result in results(args, model, tokens):
+            row = as_row(result, bandwidth)
             print(table_line(row), flush=True)
             record["rows"].append(row)
             record["seconds"] = round(time.time() - began)

@@ -6,6 +6,7 @@ the same calls run eagerly, so that every path can be tried on a tiny shape.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from statistics import median
@@ -176,6 +177,17 @@ def free_bytes(device: torch.device | str) -> int:
         return available_memory()
     unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return torch.cuda.mem_get_info()[0] + unused
+
+
+def release_memory() -> None:
+    """Give unused device memory and pinned memory back, for the next system."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        empty_host_cache = getattr(torch._C, "_host_emptyCache", None)
+        if empty_host_cache is not None:
+            empty_host_cache()
 
 
 def _default_device() -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,8 @@ class Result:
     kv_buffers: int | None = None
     """Distinct pairs of keys and values in device memory, where layers may share them."""
     notes: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What only some systems have to say; JSON-ready."""
 
     @classmethod
     def of_times(cls, name: str, tokens: int, batch: int, times: list[float], **fields) -> Result:

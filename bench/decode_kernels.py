@@ -115,7 +115,7 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
     host.copy_(data.flatten(0, 1))
     del data
     arena = StepArena(torch.tensor([host.data_ptr()], device=device), len(host), [host])
-    pool, scratch = empty_pool(shape, DTYPE, device), empty_scratch(shape, device)
+    pool, scratch = empty_pool(shape, DTYPE, device), empty_scratch(shape, DTYPE, device)
     totals = empty_totals(shape, device)
     counters = torch.tensor([context, 1, N, context - 300], dtype=torch.int32, device=device)
     limits = torch.tensor([8, most, refine * most, most], dtype=torch.int32, device=device)

@@ -168,7 +168,7 @@ def make_case(
         StepArena(addresses, per_chunk, chunks),
         torch.tensor([end, 7, num_pages, start], dtype=torch.int32),
         torch.tensor([least, most, candidates, most], dtype=torch.int32),
-        empty_scratch(shape, target),
+        empty_scratch(shape, torch.float32, target),
         empty_totals(shape, target),
         keys,
         values,

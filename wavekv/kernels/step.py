@@ -213,7 +213,7 @@ class StepScratch(NamedTuple):
     """[B, Hq, spans, D / SLOPE_ROWS] float32: parts of the spread that the slope is to be divided
     by."""
     out: Tensor
-    """[B, Hq, D] float32"""
+    """[B, Hq, D] in the dtype of the model."""
 
 
 class StepTotals(NamedTuple):
@@ -226,8 +226,8 @@ class StepTotals(NamedTuple):
     """[B, Hq] float32"""
 
 
-def empty_scratch(shape: StepShape, device: torch.device) -> StepScratch:
-    """Allocate the working memory of a step."""
+def empty_scratch(shape: StepShape, dtype: torch.dtype, device: torch.device) -> StepScratch:
+    """Allocate the working memory of a step; dtype is that of the output."""
     B, H, G, D, N = shape.batch, shape.kv_heads, shape.group, shape.head_dim, shape.capacity
     Hq, parts = H * G, shape.attend_parts + shape.estimate_parts
     # of the pages of each block that are no candidates, and of its groups of candidates
@@ -266,7 +266,7 @@ def empty_scratch(shape: StepShape, device: torch.device) -> StepScratch:
         part_lse=new(B, Hq, parts),
         slope=new(B, Hq, spans, D),
         slope_spread=new(B, Hq, spans, -(-D // SLOPE_ROWS)),
-        out=new(B, Hq, D),
+        out=new(B, Hq, D, dtype=dtype),
     )
 
 

@@ -123,7 +123,7 @@ class DecodeEngine:
             DeviceLayer(context, StepSteady(self.ring[i, 0], self.ring[i, 1], valid), self.shape)
             for i, context in enumerate(contexts)
         ]
-        self.scratch = empty_scratch(self.shape, self.device)
+        self.scratch = empty_scratch(self.shape, query.dtype, self.device)
         self._ahead = self._scratches_ahead()
         self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)
         self.limits = torch.zeros(4, dtype=torch.int32, device=self.device)
@@ -220,7 +220,7 @@ class DecodeEngine:
         sink_logits: Tensor | None,
     ) -> Tensor:
         """Layer `number` of a step: take the new token in, attend. query: [B, Hq, 1, D]; keys,
-        values: [B, Hkv, 1, D]. Returns [B, Hq, 1, D] float32, overwritten by the next layer."""
+        values: [B, Hkv, 1, D]. Returns [B, Hq, 1, D] in their dtype, overwritten by the next layer."""
         layer, scratch, ops = self.layers[number], self.scratch, self.ops
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
         self.last_queries[number] = query[:, :, 0]
@@ -393,7 +393,7 @@ class DecodeEngine:
     def _scratches_ahead(self) -> list[StepScratch]:
         """Working memory of prefetches, which go on while the next layers use their own."""
         if self.config.prefetch == "early":
-            return [empty_scratch(self.shape, self.device)]
+            return [empty_scratch(self.shape, self.scratch.out.dtype, self.device)]
         if self.config.prefetch == "none":
             return []
         shape = self.shape

@@ -87,6 +87,7 @@ def results(args: argparse.Namespace, model: LlamaForCausalLM, tokens: int) -> I
     """All that is wanted at one context."""
     if args.is_sweep:
         yield from sweep(args, model, tokens, args.batch)
+        release_memory()  # of the context, which the sweep held to its end
     else:
         yield from (run_system(name, args, model, tokens) for name in args.which)
 
@@ -196,6 +197,8 @@ def parse() -> argparse.Namespace:
     args.is_sweep = bool(args.sweep_reuse or args.sweep_prefetch)
     if args.profile and (args.is_sweep or len(args.contexts) > 1):
         parser.error("--profile wants one context and no sweep")
+    if args.plot and args.is_sweep:
+        parser.error("--plot draws systems over contexts, not a sweep")
     return args
 
 

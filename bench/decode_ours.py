@@ -13,17 +13,12 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from decode_baselines import peak_bytes, start_peak
+from decode_figures import engine_bytes, long_run, paging, reuse_seen
 from decode_fill import FilledContexts, fill_contexts, say
-from decode_model import (
-    release_memory,
-    step_bytes,
-    time_steps,
-    weight_bytes,
-)
-from decode_profile import profile_steps, time_singly
+from decode_model import release_memory, step_bytes, time_steps, weight_bytes
+from decode_profile import profile_steps
 from decode_result import Result
 from decode_steps import WalkedSteps
 from decode_walk import query_walk, rho_for_reuse
@@ -31,16 +26,15 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from wavekv.config import OffloadConfig
+from wavekv.errors import CapacityError
 from wavekv.model_adapters.attention import NAME, register
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.offload import OffloadRuntime
-from wavekv.offload.engine import DecodeEngine
 
 WALK_STEPS = 64
 WARM_UPS = 32
 """Steps before those that are timed: the pool fills up."""
 EXACT_REPEATS = 3
-REUSE_PAIRS = 4
 PREFETCHES = ("none", "runners-up", "early")
 
 
@@ -99,12 +93,16 @@ def sweep(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
     for reuse, prefetch in product(
         args.sweep_reuse or [args.reuse], args.sweep_prefetch or [args.prefetch]
     ):
-        release_memory()
         some = Namespace(**vars(args) | {"reuse": reuse, "prefetch": prefetch})
         filled.renew(offload_config(some))
         start_peak(model)
-        yield retrieval_steps(some, model, filled, tokens, batch)
-    release_memory()
+        try:
+            result = retrieval_steps(some, model, filled, tokens, batch)
+        except (torch.OutOfMemoryError, CapacityError) as error:
+            notes = f"reuse {reuse}, prefetch {prefetch}: {str(error).splitlines()[0]}"
+            result = Result("retrieval", tokens, batch, notes=notes)
+        release_memory()
+        yield result
 
 
 def retrieval_steps(
@@ -130,7 +128,7 @@ def retrieval_steps(
     extra["reuse_seen"] = reuse_seen(steps)
     if args.profile:
         extra["kernels"] = profile_steps(steps.step, args.profile, model.device)
-    read = engine_bytes(engine, args)
+    read = engine_bytes(engine)
     held = sum(context.paged.statistics_nbytes for context in filled.layers)
     held += sum(layer.pool.pages.nbytes for layer in engine.layers) + engine.ring.nbytes
     return Result.of_times(
@@ -214,91 +212,3 @@ def settings_of(args: Namespace, filled: FilledContexts) -> dict[str, Any]:
     if args.prefetch == "early":
         extra["early_cosine"] = args.early_cosine
     return extra
-
-
-def paging(engine: DecodeEngine, steps: int, page_bytes: int) -> dict[str, Any]:
-    """What the pools did in so many steps."""
-    totals = torch.stack([layer.totals.paging for layer in engine.layers])
-    hits, fetched, left_out, _, prefetched = totals.sum((0, 1, 2)).tolist()
-    chosen = max(1, hits + fetched + left_out)
-    mass = torch.stack([layer.totals.tail_mass for layer in engine.layers]).mean() / steps
-    by_layer = totals.sum((1, 2)).double()
-    layer_hits = by_layer[:, 0] / by_layer[:, :3].sum(1)
-    return {
-        "hit_rate": hits / chosen,
-        "layer_hit_rates": [round(rate, 4) for rate in layer_hits.tolist()],
-        "left_out": left_out / chosen,
-        "pages_chosen": chosen / steps,
-        "pages_fetched": fetched / steps,
-        "pages_prefetched": prefetched / steps,
-        "pcie_bytes": round((fetched + prefetched) * page_bytes / steps),
-        "estimated_mass": float(mass),
-    }
-
-
-def long_run(steps: WalkedSteps, count: int, device: torch.device) -> dict[str, Any]:
-    """Steps one by one, enough of them to see the slowest, and pages being appended."""
-    before = len(steps.engine.grown)
-    times = time_singly(steps.step, count, device)
-    say(f"{count} steps one by one")
-    return {
-        "steps": count,
-        "ms_median": float(np.median(times)),
-        "ms_p99": float(np.percentile(times, 99)),
-        "ms_max": max(times),
-        "appends": len(steps.engine.grown) - before,
-        "series_ms": [round(ms, 2) for ms in times],
-    }
-
-
-def reuse_seen(steps: WalkedSteps) -> float:
-    """The share of a step's chosen pages that the step before chose, mean over layers and heads."""
-    shares, before = [], steps.chosen_pages()
-    for _ in range(REUSE_PAIRS):
-        after = steps.chosen_pages()
-        for number, pages in after.items():
-            others = before[number].long()
-            held = torch.zeros(
-                *others.shape[:2], 1 + steps.engine.shape.capacity, dtype=torch.bool
-            ).to(others.device)
-            # -1, for none, is the last
-            held.scatter_(2, others.where(others >= 0, steps.engine.shape.capacity), True)
-            is_page = pages >= 0
-            shares.append(held.gather(2, pages.long().clamp(min=0))[is_page].float().mean())
-        before = after
-    return float(torch.stack(shares).mean())
-
-
-def engine_bytes(engine: DecodeEngine, args: Namespace) -> dict[str, int]:
-    """Bytes of device memory that a step reads beside the weights, of all layers, by kind.
-
-    Statistics that rank pages are read once to score; an early prefetch reads them, and codes,
-    again for all layers but two. Working memory is not counted.
-    """
-    shape, pages = engine.shape, engine.layers[0].pages
-    heads, layers, n = shape.rows, len(engine.layers), engine.num_pages
-    most = min(int(engine.limits[1]), n)
-    candidates = min(n, most * args.refine) if args.refine > 1 and most < n else 0
-    early = layers - 2 if args.prefetch == "early" else 0
-
-    def of_page(*parts: Tensor) -> int:
-        return sum(part[0, 0, 0].numel() * part.element_size() for part in parts)
-
-    steady = shape.sinks + engine.num_tokens - engine.start
-    spans = -(-n // shape.span_pages)
-    page = of_page(engine.layers[0].pool.pages)
-    return {
-        "statistics": heads
-        * n
-        * (
-            (layers + early) * of_page(pages.mean, pages.variance, pages.counts)
-            + layers * of_page(pages.value_mean)
-        ),
-        "codes": (layers + early)
-        * heads
-        * candidates
-        * of_page(pages.codes, pages.code_scale, pages.page_scale),
-        "scatter": layers * heads * spans * of_page(pages.scatter) * (shape.tail == "second"),
-        "pages": layers * heads * most * page,
-        "steady": layers * heads * steady * page // shape.page_size,
-    }

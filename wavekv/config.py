@@ -28,7 +28,7 @@ class OffloadConfig:
     min_budget: int = 64
     """The floor under a share or `top_p`: short contexts retrieve at least this many tokens. A
     `budget` given as a count goes before it."""
-    refine: int = 32
+    refine: int = 16
     """Pages ranked again by quantised keys, as a multiple of the budget; 1 ranks by means alone."""
     tail_estimate: Literal["none", "first", "second"] = "second"
     """What stands for pages not retrieved: nothing, the means of their keys and values, or also
@@ -50,7 +50,7 @@ class OffloadConfig:
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
     device_budget: float | int | str = 0.5
     """Device memory for pages that stay resident between decode steps (CUDA): bytes, "8GiB", or a
-    float share of what is free. No more than three budgets of pages are ever held."""
+    float share of what is free. No more than four budgets of pages are ever held."""
     max_misses: int | None = None
     """Pages that a KV head may fetch from the host in a captured step; the rest is estimated in
     that step. None for no limit."""

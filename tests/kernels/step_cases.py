@@ -121,7 +121,7 @@ def make_case(
     is_empty = flat[2] <= 0
     poisoned = [
         x.masked_fill(is_empty.view(*is_empty.shape, *[1] * (x.dim() - 2)), torch.nan)
-        for x in (statistics.mean, statistics.variance, statistics.value_mean)
+        for x in (statistics.mean, statistics.variance)
     ]
     used_spans = -(-num_pages // span_pages)
     scatter[:, used_spans:] = torch.nan
@@ -157,7 +157,7 @@ def make_case(
             counts,
             of_heads(poisoned[0]),
             of_heads(poisoned[1]),
-            of_heads(poisoned[2]),
+            of_heads(statistics.value_mean),
             of_heads(codes.codes),
             of_heads(codes.scale),
             of_heads(codes.page_scale),

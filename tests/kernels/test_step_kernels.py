@@ -44,6 +44,15 @@ CASES: dict[str, dict[str, Any]] = {
     "equal ranks": {"scale": 0.0},
     "sharp": {"scale": 4.0, "spread": 4.0},
     "many pages": {"num_pages": 2900, "capacity": 3000, "most": 130, "slots": 300, "misses": 130},
+    "so many that a sample finds the candidates": {
+        "num_pages": 8300,
+        "capacity": 8400,
+        "most": 170,
+        "candidates": 2700,
+        "slots": 400,
+        "misses": 170,
+        "kv_heads": 1,
+    },
 }
 
 

@@ -30,8 +30,9 @@ SCORE_BLOCK = 128
 AGES = 256
 """Ages of slots that the pool tells apart, in steps; older ones are all as old."""
 
-REFINE_BLOCK = 64
-"""Candidates that are ranked again together, likewise."""
+SAMPLE, SAMPLED_PAGES = 4, 8192
+"""Where a KV head has so many pages, every fourth tells where the candidates begin."""
+
 COUNT_BLOCK = 1024
 """Pages of which those above a threshold are collected together."""
 SLOPE_ROWS = 32
@@ -111,7 +112,7 @@ class StepPages(NamedTuple):
     variance: Tensor
     """[B, Hkv, N] float32"""
     value_mean: Tensor
-    """[B, Hkv, N, D]"""
+    """[B, Hkv, N, D], finite also where a page is empty."""
     codes: Tensor
     """[B, Hkv, N, W / 8, P, 4] uint8"""
     code_scale: Tensor
@@ -230,8 +231,7 @@ def empty_scratch(shape: StepShape, dtype: torch.dtype, device: torch.device) ->
     """Allocate the working memory of a step; dtype is that of the output."""
     B, H, G, D, N = shape.batch, shape.kv_heads, shape.group, shape.head_dim, shape.capacity
     Hq, parts = H * G, shape.attend_parts + shape.estimate_parts
-    # of the pages of each block that are no candidates, and of its groups of candidates
-    stats = -(-N // COUNT_BLOCK) * (1 + COUNT_BLOCK // REFINE_BLOCK)
+    stats = -(-N // SCORE_BLOCK)
     spans = -(-N // shape.span_pages)
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -19,6 +19,8 @@ from wavekv.kernels.step import (
     MOST,
     NUM_BINS,
     PAGES,
+    SAMPLE,
+    SAMPLED_PAGES,
     START,
     WIDE,
     StepArena,
@@ -81,9 +83,11 @@ def rank_pages(
     base = bin_base(shape.group)
     bins = ((bits >> BIN_SHIFT) - base).clamp(0, NUM_BINS - 1).long()
     histogram = torch.zeros(*bits.shape[:2], NUM_BINS, dtype=torch.int32, device=bits.device)
-    histogram.scatter_add_(2, bins, is_alive.int())
+    every = SAMPLE if n >= SAMPLED_PAGES and not is_final else 1
+    is_counted = is_alive & (torch.arange(n, device=bits.device) % every == 0)
+    histogram.scatter_add_(2, bins, is_counted.int())
     above = histogram.flip(2).cumsum(2).flip(2)
-    wanted = limits[WIDE if is_final else CANDIDATES]
+    wanted = limits[WIDE if is_final else CANDIDATES] // every
     last = torch.where(above >= wanted, torch.arange(NUM_BINS, device=bits.device), 0).amax(2)
     least = torch.where(last == 0, 0, (last + base) << BIN_SHIFT).int()
     if not is_final and (int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n):

@@ -42,7 +42,7 @@ from wavekv.offload.growth import Growth
 
 ROOM_TOKENS = 8192
 """Tokens that the buffers of an engine have room for; then it is made anew."""
-POOL_BUDGETS = 3
+POOL_BUDGETS = 4
 """Slots of the page pool, in budgets, unless `device_budget` allows fewer."""
 RUNNERS_UP = 1.25
 """Pages that are made resident for the next step, as a multiple of the budget."""
@@ -137,7 +137,7 @@ class DecodeEngine:
         is_cuda = self.device.type == "cuda"
         self._streams = [torch.cuda.Stream(self.device) for _ in range(3)] if is_cuda else []
         self._running: set[int] = set()
-        self._held: list[Tensor] = []
+        self._early: dict[int, tuple[torch.cuda.Event, Tensor]] = {}
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
         self.last_queries: dict[int, Tensor] = {}
@@ -220,20 +220,15 @@ class DecodeEngine:
         sink_logits: Tensor | None,
     ) -> Tensor:
         """Layer `number` of a step: take the new token in, attend. query: [B, Hq, 1, D]; keys,
-        values: [B, Hkv, 1, D]. Returns [B, Hq, 1, D] in their dtype, overwritten by the next layer."""
+        values: [B, Hkv, 1, D]. Returns [B, Hq, 1, D] in their dtype; the next layer overwrites it.
+        """
         layer, scratch, ops = self.layers[number], self.scratch, self.ops
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
         self.last_queries[number] = query[:, :, 0]
         q, k, v = (x[:, :, 0].contiguous() for x in (query, keys, values))
         counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
-        if self.config.prefetch == "early":
-            self._join(2)
-            self._held.clear()
+        self._await_early(number)
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
-        with self._beside(0):
-            ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
-            if shape.tail == "second":
-                ops.value_slope(q, pages, counters, scratch, shape)
         ops.rank_pages(counters, limits, scratch, shape, is_final=False)
         ops.refine(q, pages, counters, scratch, shape)
         ops.rank_pages(counters, limits, scratch, shape, is_final=True)
@@ -243,8 +238,13 @@ class DecodeEngine:
             ops.fetch(self.arena, pool, scratch, shape)
         if self.config.prefetch == "runners-up":
             self._fetch_runners_up(number, shape)
-        self._join(0)
+        # beside the fetch, which reads the host only
+        with self._beside(0):
+            ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
+        if shape.tail == "second":
+            ops.value_slope(q, pages, counters, scratch, shape)
         ops.estimate(pages, counters, scratch, shape)
+        self._join(0)
         self._join(1)
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
@@ -256,8 +256,6 @@ class DecodeEngine:
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
         counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
         q = query[:, :, 0].contiguous()
-        # its memory must not be given away before the other stream has read it
-        self._held.append(q)
         with self._beside(2):
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
             ops.rank_pages(counters, limits, scratch, shape, is_final=False)
@@ -266,6 +264,9 @@ class DecodeEngine:
             ops.select(counters, limits, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
             ops.fetch(self.arena, pool, scratch, shape)
+            if self._streams:
+                # the query's memory must not be given away before the other stream has read it
+                self._early[number] = self._streams[2].record_event(), q
 
     def advance(self) -> None:
         """The end of a step, on the device."""
@@ -432,6 +433,10 @@ class DecodeEngine:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             yield
+
+    def _await_early(self, number: int) -> None:
+        if number in self._early:
+            torch.cuda.current_stream(self.device).wait_event(self._early.pop(number)[0])
 
     def _join(self, number: int) -> None:
         # a stream that is not part of a capture must not be waited for in it

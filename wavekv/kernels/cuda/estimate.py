@@ -13,7 +13,7 @@ from wavekv.kernels.step import SLOPE_ROWS, StepPages, StepScratch, StepShape
 
 _TILE = 64
 _WARPS = 4
-_STAGES = 3
+_STAGES = 2
 
 
 @triton.jit
@@ -119,15 +119,15 @@ def _estimate(
             is_page = (n < num_pages) & (n < (block + 1) * BLOCK)
             is_read = tl.load(attended + row * N + n, mask=is_page, other=1)
             at = (row * G + g)[:, None] * N + n[None, :]
-            keep = is_head[:, None] & (is_page & (is_read == 0))[None, :]
+            keep = is_head[:, None] & is_page[None, :]
+            # no load waits for another
             mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
+            mass = tl.where((is_read == 0)[None, :], mass, float("-inf"))
             means = tl.load(
                 value_mean + (row * N + n)[:, None] * D + d[None, :],
                 mask=is_page[:, None] & is_dim[None, :],
                 other=0.0,
             )
-            # an empty page weighs nothing, whatever its mean holds
-            means = tl.where((tl.max(mass, 0) > float("-inf"))[:, None], means, 0.0)
             new = tl.maximum(largest, tl.max(mass, 1))
             safe = tl.where(new == float("-inf"), 0.0, new)
             fade = tl.exp(largest - safe)

@@ -13,7 +13,8 @@ from wavekv.kernels.step import (
     COUNT_BLOCK,
     MOST,
     NUM_BINS,
-    REFINE_BLOCK,
+    SAMPLE,
+    SAMPLED_PAGES,
     SCORE_BLOCK,
     WIDE,
     StepScratch,
@@ -48,11 +49,10 @@ def _rank(
     SHIFT: tl.constexpr,
     BASE: tl.constexpr,
     NEVER: tl.constexpr,
+    SAMPLED: tl.constexpr,
+    SAMPLE: tl.constexpr,
     STATS: tl.constexpr,
-    STATS_P: tl.constexpr,
-    SCORED: tl.constexpr,
-    COUNTED: tl.constexpr,
-    GROUPS: tl.constexpr,
+    STATS_BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -63,14 +63,8 @@ def _rank(
         g = tl.arange(0, GP)
         is_head = g < G
         # the softmax statistics of all pages
-        part = tl.arange(0, STATS_P)
-        if PART == 0:
-            first = part * SCORED
-        else:
-            # of blocks, and then of the groups of candidates in each block
-            rest = STATS // (1 + GROUPS)
-            first = tl.where(part < rest, part, (part - rest) // GROUPS) * COUNTED
-        held = is_head[:, None] & ((part < STATS) & (first < num_pages))[None, :]
+        part = tl.arange(0, STATS)
+        held = is_head[:, None] & (part * STATS_BLOCK < num_pages)[None, :]
         at = (row * G + g)[:, None] * STRIDE + part[None, :]
         maxima = tl.load(block_max + at, mask=held, other=float("-inf"))
         largest = tl.max(maxima, 1)
@@ -93,12 +87,23 @@ def _rank(
         tl.store(rank + row * N + n, bits, mask=is_page)
         bins = tl.minimum(tl.maximum((bits >> SHIFT) - BASE, 0), BINS - 1)
         here = histogram + (PART * ROWS + row) * BINS
-        tl.atomic_add(here + bins, 1, mask=is_alive, sem="relaxed")
+        if PART == 0:
+            # of many pages a sample shows where the candidates begin
+            every = tl.where(num_pages >= SAMPLED, SAMPLE, 1)
+            is_counted = is_alive & (n % every == 0)
+        else:
+            # the best few of all are among those that were candidates, or nearly so; were there too
+            # few, all would be listed
+            least = tl.load(threshold + row)
+            is_counted = is_alive & ((bits >= least) | (least == NEVER))
+        tl.atomic_add(here + bins, 1, mask=is_counted, sem="relaxed")
         # the block that comes last knows all bins
         tl.debug_barrier()
         ticket = tl.atomic_add(arrived + PART * ROWS + row, 1, sem="acq_rel")
         if ticket >= num_blocks - 1:
             wanted = tl.load(limits + LIMIT)
+            if PART == 0:
+                wanted = wanted // tl.where(num_pages >= SAMPLED, SAMPLE, 1)
             b = tl.arange(0, BINS)
             counted = tl.load(here + b, cache_modifier=".cg")
             above = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted
@@ -107,7 +112,9 @@ def _rank(
             least = tl.where(last == 0, 0, (last + BASE) << SHIFT)
             if PART == 0:
                 # none are ranked again where none are wanted, or where all are chosen
-                is_needless = (wanted == 0) | (tl.load(limits + MOST_LIMIT) >= num_pages)
+                is_needless = (tl.load(limits + LIMIT) == 0) | (
+                    tl.load(limits + MOST_LIMIT) >= num_pages
+                )
                 least = tl.where(is_needless, NEVER, least)
             tl.store(threshold + PART * ROWS + row, least)
 
@@ -118,7 +125,7 @@ def rank_pages(
     """The rank of each page, and the least rank of the bin that holds the last one wanted: for
     candidates by log mass + shift, at the end by log mass."""
     stride = scratch.block_max.shape[2]
-    stats = stride if is_final else triton.cdiv(shape.capacity, SCORE_BLOCK)
+    stats_block = COUNT_BLOCK if is_final else SCORE_BLOCK
     options: dict[str, Any] = {
         "G": shape.group,
         "GP": power_of_two(shape.group),
@@ -130,11 +137,10 @@ def rank_pages(
         "SHIFT": BIN_SHIFT,
         "BASE": bin_base(shape.group),
         "NEVER": _NEVER,
-        "STATS": stats,
-        "STATS_P": power_of_two(stats),
-        "SCORED": SCORE_BLOCK,
-        "COUNTED": COUNT_BLOCK,
-        "GROUPS": COUNT_BLOCK // REFINE_BLOCK,
+        "SAMPLED": SAMPLED_PAGES,
+        "SAMPLE": SAMPLE,
+        "STATS": power_of_two(triton.cdiv(shape.capacity, stats_block)),
+        "STATS_BLOCK": stats_block,
         "STRIDE": stride,
         "BLOCK": _BLOCK,
         "num_warps": 8,

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
 from wavekv.kernels.cuda.moments import softmax_sum
-from wavekv.kernels.step import COUNT_BLOCK, REFINE_BLOCK, StepPages, StepScratch, StepShape
+from wavekv.kernels.step import COUNT_BLOCK, StepPages, StepScratch, StepShape
 
 _HEADS = 4
 """Query heads that share one pass over the codes; larger groups take several."""
-_WARPS = 4
+_BLOCK = 16
+"""Candidates of one warp: nothing in it waits for other warps."""
+_WARPS = 1
 
 
 @triton.jit
@@ -54,18 +56,14 @@ def _refine_head(
     mean_logits,
     log_mass,
     shift,
-    block_max,
-    block_sum,
     n,
     is_candidate,
     held,
     step,
     count,
     N,
-    stat,
     softcap,
     SOFTCAP: tl.constexpr,
-    STRIDE: tl.constexpr,
 ):
     worth, shifted = tl.load(query_step + head * 2), tl.load(query_step + head * 2 + 1)
     offset = (products.to(tl.float32) - 8.0 * shifted) * step * worth
@@ -86,9 +84,6 @@ def _refine_head(
     is_refined = is_candidate & (count > 0)
     tl.store(log_mass + head * N + n, mass, mask=is_refined)
     tl.store(shift + head * N + n, tl.sum(weights * offset, 1) / weight, mask=is_refined)
-    largest, total = softmax_sum(tl.where(is_refined, mass, float("-inf"))[None, :])
-    tl.store(block_max + head * STRIDE + stat, tl.sum(largest, 0))
-    tl.store(block_sum + head * STRIDE + stat, tl.sum(total, 0))
 
 
 @triton.jit
@@ -105,8 +100,6 @@ def _refine(
     mean_logits,
     log_mass,
     shift,
-    block_max,
-    block_sum,
     N,
     softcap,
     G: tl.constexpr,
@@ -116,7 +109,6 @@ def _refine(
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
-    STRIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     DP4A: tl.constexpr,
 ):
@@ -125,7 +117,6 @@ def _refine(
     block, first_of_chunk = chunk // CHUNKS, (chunk % CHUNKS) * BLOCK
     blocks = tl.cdiv(N, COUNTED)
     if block * COUNTED < tl.load(counters + 2):
-        stat = blocks + chunk
         num_listed = tl.load(block_count + row * blocks + block)
         if first_of_chunk < num_listed:
             p = tl.arange(0, PP)
@@ -174,33 +165,35 @@ def _refine(
                             mean_logits,
                             log_mass,
                             shift,
-                            block_max,
-                            block_sum,
                             n,
                             is_candidate,
                             held,
                             step,
                             count,
                             N,
-                            stat,
                             softcap,
                             SOFTCAP,
-                            STRIDE,
                         )
-        else:
-            for head in tl.static_range(G):
-                tl.store(block_max + (row * G + head) * STRIDE + stat, float("-inf"))
-                tl.store(block_sum + (row * G + head) * STRIDE + stat, 0.0)
 
 
 @triton.jit
-def _candidates(
+def _candidates(counters, rank, threshold, block_count, listed, N, BLOCK: tl.constexpr):
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    num_pages = tl.load(counters + 2)
+    if block * BLOCK < num_pages:
+        n = block * BLOCK + tl.arange(0, BLOCK)
+        bits = tl.load(rank + row * N + n, mask=n < num_pages, other=-1)
+        is_candidate = bits >= tl.load(threshold + row)
+        order = tl.cumsum(is_candidate.to(tl.int32), 0) - 1
+        tl.store(listed + row * N + block * BLOCK + order, n, mask=is_candidate)
+        num_listed = tl.sum(is_candidate.to(tl.int32), 0)
+        tl.store(block_count + row * tl.cdiv(N, BLOCK) + block, num_listed)
+
+
+@triton.jit
+def _sums(
     counters,
-    rank,
-    threshold,
     log_mass,
-    block_count,
-    listed,
     block_max,
     block_sum,
     N,
@@ -213,19 +206,10 @@ def _candidates(
     num_pages = tl.load(counters + 2)
     if block * BLOCK < num_pages:
         n = block * BLOCK + tl.arange(0, BLOCK)
-        is_page = n < num_pages
-        bits = tl.load(rank + row * N + n, mask=is_page, other=-1)
-        is_candidate = bits >= tl.load(threshold + row)
-        order = tl.cumsum(is_candidate.to(tl.int32), 0) - 1
-        tl.store(listed + row * N + block * BLOCK + order, n, mask=is_candidate)
-        num_listed = tl.sum(is_candidate.to(tl.int32), 0)
-        tl.store(block_count + row * tl.cdiv(N, BLOCK) + block, num_listed)
-        # the softmax statistics of the others; `_refine` adds those of the candidates
         g = tl.arange(0, GP)
-        keep = (g < G)[:, None] & (is_page & (is_candidate == 0))[None, :]
+        keep = (g < G)[:, None] & (n < num_pages)[None, :]
         at = (row * G + g)[:, None] * N + n[None, :]
-        mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
-        largest, total = softmax_sum(mass)
+        largest, total = softmax_sum(tl.load(log_mass + at, mask=keep, other=float("-inf")))
         to = (row * G + g) * STRIDE + block
         tl.store(block_max + to, largest, mask=g < G)
         tl.store(block_sum + to, total, mask=g < G)
@@ -237,15 +221,12 @@ def refine(
     """Replace log mass and shift of the candidates by what the codes of their keys give, with the
     softmax statistics of all log masses. query: as given to `score`, which has rounded it."""
     N, stride = shape.capacity, scratch.block_max.shape[2]
+    blocks = triton.cdiv(N, COUNT_BLOCK)
     launch(
         _candidates,
-        (triton.cdiv(N, COUNT_BLOCK), shape.rows),
-        *(counters, scratch.rank, scratch.threshold, scratch.log_mass),
-        *(scratch.block_count, scratch.listed, scratch.block_max, scratch.block_sum, N),
-        G=shape.group,
-        GP=power_of_two(shape.group),
+        (blocks, shape.rows),
+        *(counters, scratch.rank, scratch.threshold, scratch.block_count, scratch.listed, N),
         BLOCK=COUNT_BLOCK,
-        STRIDE=stride,
         num_warps=8,
     )
     options: dict[str, Any] = {
@@ -254,20 +235,29 @@ def refine(
         "P": shape.page_size,
         "PP": power_of_two(shape.page_size),
         "GROUPS": pages.codes.shape[3],
-        "BLOCK": REFINE_BLOCK,
+        "BLOCK": _BLOCK,
         "COUNTED": COUNT_BLOCK,
-        "STRIDE": stride,
         "SOFTCAP": shape.softcap is not None,
         "DP4A": uses_hardware(query),
         "num_warps": _WARPS,
     }
     launch(
         _refine,
-        (triton.cdiv(N, COUNT_BLOCK) * (COUNT_BLOCK // REFINE_BLOCK), shape.rows),
+        (blocks * (COUNT_BLOCK // _BLOCK), shape.rows),
         *(counters, scratch.block_count, scratch.listed, pages.counts),
         *(pages.codes.view(torch.int32), pages.code_scale, pages.page_scale),
         *(scratch.query_words, scratch.query_step, scratch.mean_logits),
-        *(scratch.log_mass, scratch.shift, scratch.block_max, scratch.block_sum),
+        *(scratch.log_mass, scratch.shift),
         *(N, shape.softcap or 1.0),
         **options,
+    )
+    launch(
+        _sums,
+        (blocks, shape.rows),
+        *(counters, scratch.log_mass, scratch.block_max, scratch.block_sum, N),
+        G=shape.group,
+        GP=power_of_two(shape.group),
+        BLOCK=COUNT_BLOCK,
+        STRIDE=stride,
+        num_warps=8,
     )

@@ -50,7 +50,7 @@ class OffloadConfig:
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
     device_budget: float | int | str = 0.5
     """Device memory for pages that stay resident between decode steps (CUDA): bytes, "8GiB", or a
-    float share of what is free. No more than four budgets of pages are ever held."""
+    float share of what is free. No more than eight budgets of pages are ever held."""
     max_misses: int | None = None
     """Pages that a KV head may fetch from the host in a captured step; the rest is estimated in
     that step. None for no limit."""

@@ -43,7 +43,8 @@ from wavekv.offload.growth import Growth
 ROOM_TOKENS = 8192
 """Tokens that the buffers of an engine have room for; then it is made anew."""
 POOL_BUDGETS = 4
-"""Slots of the page pool, in budgets, unless `device_budget` allows fewer."""
+"""Slots of the page pool, in budgets and rounded up to a power of two (which costs the choice of
+victims nothing), unless `device_budget` allows fewer."""
 RUNNERS_UP = 1.25
 """Pages that are made resident for the next step, as a multiple of the budget."""
 _HOST_ROOM_TOKENS = 2048
@@ -229,6 +230,11 @@ class DecodeEngine:
         counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
         self._await_early(number)
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
+        # beside the choice of pages, whose kernels are short and leave the memory idle
+        with self._beside(0):
+            ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
+            if shape.tail == "second":
+                ops.value_slope(q, pages, counters, scratch, shape)
         ops.rank_pages(counters, limits, scratch, shape, is_final=False)
         ops.refine(q, pages, counters, scratch, shape)
         ops.rank_pages(counters, limits, scratch, shape, is_final=True)
@@ -238,13 +244,8 @@ class DecodeEngine:
             ops.fetch(self.arena, pool, scratch, shape)
         if self.config.prefetch == "runners-up":
             self._fetch_runners_up(number, shape)
-        # beside the fetch, which reads the host only
-        with self._beside(0):
-            ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
-        if shape.tail == "second":
-            ops.value_slope(q, pages, counters, scratch, shape)
-        ops.estimate(pages, counters, scratch, shape)
         self._join(0)
+        ops.estimate(pages, counters, scratch, shape)
         self._join(1)
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
@@ -382,7 +383,7 @@ class DecodeEngine:
             free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else 1 << 40
             size = int(size * free)
         slot_bytes = contexts[0].paged.arena.layout.page_bytes * B * H * len(contexts)
-        slots = min(POOL_BUDGETS * most, size // slot_bytes)
+        slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
         if slots < most:
             raise CapacityError(
                 f"the pages of one step need {most * slot_bytes / 2**20:.0f} MiB of device memory, "

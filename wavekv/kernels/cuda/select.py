@@ -75,8 +75,8 @@ def _pick(
     COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     PROBES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    WIDTH_OF_BIN: tl.constexpr,
+    WIDTH_OF_ALL: tl.constexpr,
     PAD: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -87,10 +87,12 @@ def _pick(
     counted = tl.load(block_count + row * tl.cdiv(N, COUNT) + b, mask=is_block, other=0)
     num_listed = tl.sum(counted, 0)
     i, j = tl.arange(0, BLOCK), tl.arange(0, PROBES)
-    # the last rank taken lies in [low, low + width): ranks above it are few enough, or light enough
+    # the last rank taken lies in [low, low + width): ranks above it are few enough, or light
+    # enough; with top_p it may be anywhere above the threshold
     low = tl.load(threshold + row).to(tl.int64)
-    width = WIDTH
-    for _ in range(ROUNDS):
+    # all that is alive is listed where the histogram could not tell: then the rank may be any
+    width = tl.where((low == 0) | TOP_P, WIDTH_OF_ALL, WIDTH_OF_BIN).to(tl.int64)
+    while width > 1:
         width = width // PROBES
         probe = low + (j + 1) * width - 1
         above = tl.zeros([PROBES], tl.int32)
@@ -187,21 +189,21 @@ def pick(
     """The last step of `select`: from what is listed into `chosen` [B, Hkv, M]. A wide choice is of
     `limits[WIDE]` pages, whatever top_p says."""
     top_p = None if wide else shape.top_p
-    # with top_p the last rank taken may be anywhere above the threshold
-    rounds = -(-(BIN_SHIFT if top_p is None and not shape.is_wide else 31) // _PROBE_BITS)
     blocks = triton.cdiv(shape.capacity, COUNT_BLOCK)
+    # the list is hardly longer than the choice
+    block = min(_LIST_BLOCK, power_of_two(shape.most + shape.most // 8 + 1))
     options: dict[str, Any] = {
         "LEAST_LIMIT": LEAST,
         "MOST_LIMIT": WIDE if wide else MOST,
         "TOP_P": top_p is not None,
         "BLOCKS": power_of_two(blocks),
         "COUNT": COUNT_BLOCK,
-        "BLOCK": min(_LIST_BLOCK, power_of_two(shape.capacity)),
+        "BLOCK": block,
         "PROBES": 1 << _PROBE_BITS,
-        "WIDTH": 1 << (rounds * _PROBE_BITS),
-        "ROUNDS": rounds,
+        "WIDTH_OF_BIN": 1 << _rounded_up(BIN_SHIFT),
+        "WIDTH_OF_ALL": 1 << _rounded_up(31),
         "PAD": power_of_two(chosen.shape[2]),
-        "num_warps": 8,
+        "num_warps": 4 if block <= 1024 else 8,
     }
     launch(
         _pick,
@@ -211,3 +213,8 @@ def pick(
         (top_p or 1.0) * shape.group,
         **options,
     )
+
+
+def _rounded_up(bits: int) -> int:
+    """Bits that rounds of `_PROBE_BITS` settle."""
+    return -(-bits // _PROBE_BITS) * _PROBE_BITS

@@ -12,10 +12,11 @@ from torch import Tensor
 from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.step import StepArena, StepPool, StepScratch, StepShape
 
-_PROGRAMS = 48
-"""Enough to keep the bus busy, few enough to leave the processors to other kernels."""
-_ROWS = 4
-"""Pages that one program has on the way at once."""
+_FETCHERS = 128
+"""Programs with a page on the way each: enough to keep the bus busy, and small ones, to leave room
+to other kernels."""
+_PROGRAMS, _ROWS = 48, 4
+"""Of a store: programs, and pages that each has on the way at once."""
 
 
 @triton.jit
@@ -32,28 +33,26 @@ def _fetch(
     ROWS_P: tl.constexpr,
     WORDS: tl.constexpr,
     WORDS_P: tl.constexpr,
-    TILE: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    # item i is miss i // ROWS of row i % ROWS
+    # the misses of all rows in a row: as many for each program, whichever rows they are of
     rows = tl.arange(0, ROWS_P)
     missing = tl.load(num_misses + rows, mask=rows < ROWS, other=0)
-    num_items = tl.max(missing, 0) * ROWS
+    behind = tl.cumsum(missing, 0)
+    num_items = tl.sum(missing, 0)
     w = tl.arange(0, WORDS_P)
-    start = tl.program_id(0) * TILE
-    while start < num_items:
-        i = start + tl.arange(0, TILE)
-        row, miss = (i % ROWS).to(tl.int64), i // ROWS
-        is_item = (i < num_items) & (miss < tl.load(num_misses + row))
-        arena = tl.load(wanted + row * X + miss, mask=is_item, other=0)
-        slot = tl.load(victims + row * X + miss, mask=is_item, other=0)
-        chunk = tl.load(chunks + arena // per_chunk, mask=is_item, other=0)
+    i = tl.program_id(0)
+    while i < num_items:
+        is_before = behind <= i
+        row = tl.sum(is_before.to(tl.int32), 0).to(tl.int64)
+        miss = i - tl.sum(tl.where(is_before, missing, 0), 0)
+        arena = tl.load(wanted + row * X + miss)
+        slot = tl.load(victims + row * X + miss)
+        chunk = tl.load(chunks + arena // per_chunk)
         source = chunk.to(tl.pointer_type(tl.int32)) + (arena % per_chunk) * WORDS
-        inside = is_item[:, None] & (w < WORDS)[None, :]
-        words = tl.load(source[:, None] + w[None, :], mask=inside, other=0)
-        target = pages + (row * S + slot) * WORDS
-        tl.store(target[:, None] + w[None, :], words, mask=inside)
-        start += PROGRAMS * TILE
+        words = tl.load(source + w, mask=w < WORDS, other=0)
+        tl.store(pages + (row * S + slot) * WORDS + w, words, mask=w < WORDS)
+        i += PROGRAMS
 
 
 @triton.jit
@@ -90,13 +89,12 @@ def fetch(arena: StepArena, pool: StepPool, scratch: StepScratch, shape: StepSha
         "ROWS_P": power_of_two(shape.rows),
         "WORDS": num_words,
         "WORDS_P": power_of_two(num_words),
-        "TILE": _ROWS,
-        "PROGRAMS": _PROGRAMS,
-        "num_warps": 8,
+        "PROGRAMS": _FETCHERS,
+        "num_warps": 4,
     }
     launch(
         _fetch,
-        (_PROGRAMS,),
+        (_FETCHERS,),
         *(scratch.victims, scratch.wanted, scratch.num_misses, arena.chunks, words),
         *(arena.pages_per_chunk, shape.slots, scratch.victims.shape[2]),
         **options,

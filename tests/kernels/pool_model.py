@@ -1,0 +1,283 @@
+"""A page pool on a device beside a model of it in dicts and lists."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+import torch
+from step_cases import make_case
+from torch import Tensor
+
+from wavekv.kernels import step_reference
+from wavekv.kernels.step import AGES, CLOCK, PAGES, StepScratch
+
+OLDEST = AGES - 1
+"""Steps after which slots are equally old."""
+UNWRITTEN = -7
+
+IMPLEMENTATIONS = ["torch", "triton"]
+
+
+def implementation(name: str) -> tuple[ModuleType, str]:
+    """Kernels of a decode step, and the device to run them on: the torch twins, or those in Triton,
+    in its interpreter where there is no GPU."""
+    if name == "torch":
+        return step_reference, "cpu"
+    pytest.importorskip("triton")
+    kernels = pytest.importorskip("wavekv.kernels.cuda")
+    return kernels, "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Resolved(NamedTuple):
+    """What becomes of the pages that a KV head chose."""
+
+    slots: list[int]
+    """The slot of each, -1 for none."""
+    filled: list[tuple[int, int]]
+    """(slot, page) that are to be fetched."""
+
+
+class HeadModel:
+    """What the pool holds for one KV head."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.table: dict[int, int] = {}
+        self.owner = [-1] * num_slots
+        self.age = [-1] * num_slots
+        self.paging = [0] * 5
+
+    def resolve(
+        self, chosen: list[int], counts: list[int], now: int, misses: int, is_prefetch: bool
+    ) -> Resolved:
+        for page in chosen:
+            if page in self.table:
+                self.age[self.table[page]] = now
+        missing = [page for page in chosen if page not in self.table]
+        unused = [slot for slot, age in enumerate(self.age) if age != now]
+        unused.sort(key=lambda slot: (-min(now - self.age[slot], OLDEST), slot))
+        taken = min(len(missing), misses, len(unused))
+        filled = list(zip(sorted(unused[:taken]), missing[:taken], strict=True))
+        for slot, _ in filled:
+            self.table.pop(self.owner[slot], None)
+        for slot, page in filled:
+            self.table[page], self.owner[slot], self.age[slot] = slot, page, now
+        slots = [self.table.get(page, -1) for page in chosen]
+        if is_prefetch:
+            self.paging[4] += taken
+        else:
+            tokens = sum(counts[page] for page in chosen if page in self.table)
+            news = len(chosen) - len(missing), taken, len(missing) - taken, tokens
+            for place, new in enumerate(news):
+                self.paging[place] += new
+        return Resolved(slots, filled)
+
+
+class PoolPair:
+    """A pool, and its model for each KV head. Rows are the heads of all sequences: b * Hkv + h."""
+
+    def __init__(
+        self,
+        ops: ModuleType,
+        device: str,
+        *,
+        seed: int = 0,
+        batch: int = 1,
+        kv_heads: int = 1,
+        page_size: int = 2,
+        num_pages: int = 20,
+        capacity: int = 27,
+        slots: int = 7,
+        most: int = 5,
+        misses: int = 5,
+        clock: int = 7,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.ops, self.most, self.misses = ops, most, misses
+        self.case = case = make_case(
+            seed,
+            batch=batch,
+            kv_heads=kv_heads,
+            group=1,
+            head_dim=8,
+            page_size=page_size,
+            num_pages=num_pages,
+            capacity=capacity,
+            most=most,
+            slots=slots,
+            misses=misses,
+            sinks=1,
+            ring=8,
+            start=8,
+            end=12,
+            span_pages=16,
+            dtype=dtype,
+            device=device,
+        )
+        random = torch.Generator().manual_seed(seed)
+        rows = batch * kv_heads
+        self.counts = torch.randint(0, page_size + 1, (rows, capacity), generator=random).int()
+        case.pages.counts.copy_(self.counts.view_as(case.pages.counts))
+        # no two pages of the arena have a word in common
+        memory, first = case.arena.memory, 1 << 20
+        for chunk in memory:
+            words = torch.arange(first, first + chunk.numel() * chunk.element_size() // 4)
+            chunk.view(torch.int32).copy_(words.int().view_as(chunk.view(torch.int32)))
+            first += len(words)
+        words = torch.cat([chunk.view(torch.int32).flatten(1) for chunk in memory])
+        # [rows, N, words]
+        self.words = words[case.pages.arena_ids.cpu()].flatten(0, 1)
+        self.arena_ids = case.pages.arena_ids.flatten(0, 1).tolist()
+        self.heads = [HeadModel(slots) for _ in range(rows)]
+        self.scratch = case.scratch
+        self.early = StepScratch(*(part.clone() for part in self.scratch))
+        wide = int(1.5 * most)
+        of_wide = batch, kv_heads, wide
+        self.runners_up = self.scratch._replace(
+            chosen=self.scratch.chosen.new_empty(of_wide),
+            victims=self.scratch.victims.new_empty(of_wide),
+            wanted=self.scratch.wanted.new_empty(of_wide),
+            num_misses=torch.empty_like(self.scratch.num_misses),
+        )
+        for scratch in (self.scratch, self.early):
+            for name in ("slots", "tokens"):
+                getattr(scratch, name).fill_(UNWRITTEN)
+        self.attended: list[dict[int, int]] | None = None
+        """The slots of the pages that the last step chose and found or fetched, while nothing may
+        evict them."""
+        self.chosen: list[list[int]] = []
+        self.used: set[tuple[int, int, int]] = set()
+        """(row, slot, page) that the steps and prefetches of this moment used."""
+        self.set_clock(clock)
+
+    @property
+    def num_pages(self) -> int:
+        return int(self.case.counters[PAGES])
+
+    @property
+    def now(self) -> int:
+        return int(self.case.counters[CLOCK])
+
+    def set_clock(self, to: int) -> None:
+        self.case.counters[CLOCK] = to
+        self.attended = None
+        self.used.clear()
+
+    def set_ages(self, row: int, ages: list[int]) -> None:
+        """Say when each slot was used last."""
+        self.case.pool.age.flatten(0, 1)[row] = torch.tensor(ages, dtype=torch.int32)
+        self.heads[row].age = list(ages)
+
+    def grow(self, count: int) -> None:
+        self.case.counters[PAGES] += count
+
+    def step(self, *chosen: list[int]) -> None:
+        """Attend to the pages chosen for each row, ascending."""
+        self.scratch.attended.zero_()
+        self._resolve(self.scratch, chosen, is_prefetch=False)
+        self.chosen = list(chosen)
+        self.attended = [
+            {page: head.table[page] for page in pages if page in head.table}
+            for head, pages in zip(self.heads, chosen, strict=True)
+        ]
+        self.check()
+
+    def prefetch(self, *chosen: list[int], wide: bool = False) -> None:
+        """Make pages resident; a wide choice is larger and has no cap."""
+        self._resolve(self.runners_up if wide else self.early, chosen, is_prefetch=True)
+        self.check()
+
+    def _resolve(
+        self, scratch: StepScratch, chosen: tuple[list[int], ...], *, is_prefetch: bool
+    ) -> None:
+        case, rows = self.case, len(self.heads)
+        assert len(chosen) == rows
+        padded = torch.full((rows, scratch.chosen.shape[2]), -1, dtype=torch.int32)
+        for row, pages in enumerate(chosen):
+            assert sorted(set(pages)) == pages
+            padded[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        scratch.chosen.copy_(padded.view_as(scratch.chosen))
+        for part in (scratch.victims, scratch.wanted, scratch.num_misses):
+            part.fill_(UNWRITTEN)
+        self.ops.resolve(
+            case.pages,
+            case.pool,
+            case.counters,
+            scratch,
+            case.totals,
+            case.shape,
+            is_prefetch=is_prefetch,
+        )
+        self.ops.fetch(case.arena, case.pool, scratch, case.shape)
+        misses = scratch.victims.shape[2]
+        num_misses = scratch.num_misses.flatten().tolist()
+        victims, wanted = (x.flatten(0, 1).tolist() for x in (scratch.victims, scratch.wanted))
+        for row, (head, pages) in enumerate(zip(self.heads, chosen, strict=True)):
+            counts = self.counts[row].tolist()
+            done = head.resolve(pages, counts, self.now, misses, is_prefetch)
+            self.used |= {
+                (row, slot, page) for slot, page in zip(done.slots, pages, strict=True) if slot >= 0
+            }
+            taken = num_misses[row]
+            assert taken <= misses
+            assert victims[row][:taken] == [slot for slot, _ in done.filled]
+            assert wanted[row][:taken] == [self.arena_ids[row][page] for _, page in done.filled]
+
+    def check(self) -> None:
+        """The pool is what its model says, and holds what it must."""
+        pool = self.case.pool
+        table, owner, age = (x.flatten(0, 1).tolist() for x in pool[1:])
+        for row, head in enumerate(self.heads):
+            resident = {page: slot for page, slot in enumerate(table[row]) if slot >= 0}
+            owned = {page: slot for slot, page in enumerate(owner[row]) if page >= 0}
+            assert resident == owned == head.table
+            assert len(owned) == sum(page >= 0 for page in owner[row])
+            assert (owner[row], age[row]) == (head.owner, head.age)
+        assert self.case.totals.paging.flatten(0, 1).tolist() == [x.paging for x in self.heads]
+        for row, slot, page in self.used:
+            assert owner[row][slot] == page
+        # every slot, not only those of this step; one that was never filled is as it was
+        held = words_of(pool.pages)
+        pages = torch.tensor(owner)
+        index = pages.clamp(min=0).unsqueeze(-1).expand_as(held)
+        expected = self.words.gather(1, index).masked_fill(pages.unsqueeze(-1) < 0, 0)
+        assert torch.equal(held, expected)
+        if self.attended is not None:
+            self._check_step(self.attended, held)
+
+    def _check_step(self, expected: list[dict[int, int]], held: Tensor) -> None:
+        slots, tokens, attended = (
+            x.flatten(0, 1).tolist()
+            for x in (self.scratch.slots, self.scratch.tokens, self.scratch.attended)
+        )
+        for row, pages in enumerate(self.chosen):
+            here = {}
+            for j in range(self.most):
+                slot = slots[row][j]
+                if j >= len(pages) or slot < 0:
+                    assert (slot, tokens[row][j]) == (-1, 0)
+                    continue
+                assert torch.equal(held[row, slot], self.words[row, pages[j]])
+                assert tokens[row][j] == self.counts[row, pages[j]]
+                here[pages[j]] = slot
+            marks = [page for page, mark in enumerate(attended[row]) if mark]
+            assert marks == sorted(here)
+            assert set(attended[row]) <= {0, 1}
+            assert len(set(here.values())) == len(here)
+            assert here == expected[row]
+
+    def paging(self, row: int = 0) -> list[int]:
+        """Pages found, fetched, left to the estimate; tokens retrieved; pages prefetched."""
+        paging: list[int] = self.case.totals.paging.flatten(0, 1)[row].tolist()
+        return paging
+
+    def slots(self, row: int = 0) -> list[int]:
+        """The slots of the last step's pages."""
+        slots: list[int] = self.scratch.slots.flatten(0, 1)[row].tolist()
+        return slots
+
+
+def words_of(pages: Tensor) -> Tensor:
+    """[rows, S, words] of pages [B, Hkv, S, 2, P, D]: bits, so that NaN equals itself."""
+    return pages.cpu().flatten(0, 1).flatten(2).contiguous().view(torch.int32)

@@ -52,8 +52,9 @@ class OffloadConfig:
     """Device memory for pages that stay resident between decode steps (CUDA): bytes, "8GiB", or a
     float share of what is free. No more than eight budgets of pages are ever held."""
     max_misses: int | None = None
-    """Pages that a KV head may fetch from the host in a captured step; the rest is estimated in
-    that step. None for no limit."""
+    """Pages that a KV head waits for in a captured step. Others that it chose and that are not on
+    the device, those of the lowest rank, are estimated in this step and fetched for the next. None
+    to wait for all."""
     prefetch: Literal["none", "runners-up", "early"] = "none"
     """What a captured step fetches ahead: nothing, for the next step the best pages that were not
     chosen, or for the next layer the pages that its predicted query chooses."""
@@ -85,7 +86,7 @@ class OffloadConfig:
         parse_size("device_budget", self.device_budget)
         _check_choice("prefetch", self.prefetch, ("none", "runners-up", "early"))
         if self.max_misses is not None:
-            _check_count("max_misses", self.max_misses, least=0)
+            _check_count("max_misses", self.max_misses, least=1)
         if not isinstance(self.capture, bool):
             raise ConfigError(f"capture must be True or False, got {self.capture!r}")
 

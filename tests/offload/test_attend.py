@@ -175,7 +175,7 @@ def test_values_that_go_with_keys_are_estimated_better(device, budget, share: fl
 
     def assert_better(seen: Tokens) -> None:
         first, second = (
-            mean_error(context, seen, budget=budget, tail_estimate=tail)
+            mean_error(context, seen, budget=budget, refine=32, tail_estimate=tail)
             for tail in ("first", "second")
         )
         assert second < share * first

@@ -191,7 +191,9 @@ def _resolve_head(
     victims = free[:taken].sort().values
     displaced = owner[victims]
     table[displaced[displaced >= 0].long()] = -1
-    fetched = missing[:taken]
+    # of equal ranks the lower page first
+    best = scratch.rank[b, h, missing].sort(descending=True, stable=True).indices[:taken]
+    fetched = missing[best].sort().values
     table[fetched], owner[victims], age[victims] = victims.int(), fetched.int(), now
     scratch.victims[b, h, :taken] = victims.int()
     scratch.wanted[b, h, :taken] = pages.arena_ids[b, h, fetched]

@@ -126,6 +126,7 @@ class DecodeEngine:
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
         self._ahead = self._scratches_ahead()
+        self._left = self._scratches_left()
         self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)
         self.limits = torch.zeros(4, dtype=torch.int32, device=self.device)
         self._limits: tuple[int, int] | None = None
@@ -138,6 +139,7 @@ class DecodeEngine:
         is_cuda = self.device.type == "cuda"
         self._streams = [torch.cuda.Stream(self.device) for _ in range(3)] if is_cuda else []
         self._running: set[int] = set()
+        self._resolved: torch.cuda.Event | None = None
         self._early: dict[int, tuple[torch.cuda.Event, Tensor]] = {}
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
@@ -229,6 +231,9 @@ class DecodeEngine:
         q, k, v = (x[:, :, 0].contiguous() for x in (query, keys, values))
         counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
         self._await_early(number)
+        if self._resolved is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._resolved)
+            self._resolved = None
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
         # beside the choice of pages, whose kernels are short and leave the memory idle
         with self._beside(0):
@@ -244,6 +249,8 @@ class DecodeEngine:
             ops.fetch(self.arena, pool, scratch, shape)
         if self.config.prefetch == "runners-up":
             self._fetch_runners_up(number, shape)
+        if self.config.max_misses is not None:
+            self._fetch_left_out(number, shape)
         self._join(0)
         ops.estimate(pages, counters, scratch, shape)
         self._join(1)
@@ -348,6 +355,18 @@ class DecodeEngine:
         with self._beside(2):
             ops.fetch(self.arena, layer.pool, ahead, shape)
 
+    def _fetch_left_out(self, number: int, shape: StepShape) -> None:
+        """Bring what this step does not wait for, for the next one."""
+        layer, left, ops = self.layers[number], self._left[number], self.ops
+        with self._beside(2):
+            ops.resolve(
+                layer.pages, layer.pool, self.counters, left, layer.totals, shape, is_prefetch=True
+            )
+            if self._streams:
+                # the next layer overwrites what this reads
+                self._resolved = self._streams[2].record_event()
+            ops.fetch(self.arena, layer.pool, left, shape)
+
     def _new_shape(self, contexts: Sequence[LayerContext], query: Tensor) -> StepShape:
         config, (B, H, D) = self.config, contexts[0].shape
         zone, paged = contexts[0].steady, contexts[0].paged
@@ -398,22 +417,28 @@ class DecodeEngine:
             return [empty_scratch(self.shape, self.scratch.out.dtype, self.device)]
         if self.config.prefetch == "none":
             return []
-        shape = self.shape
-        wide = int(RUNNERS_UP * shape.most)
-        size = shape.batch, shape.kv_heads, wide
-
-        def ints(dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=self.device)
-
+        wide = int(RUNNERS_UP * self.shape.most)
+        size = self.shape.batch, self.shape.kv_heads, wide
         return [
-            self.scratch._replace(
-                chosen=ints(),
-                victims=ints(),
-                wanted=ints(torch.int64),
-                num_misses=torch.zeros(size[:2], dtype=torch.int32, device=self.device),
+            self._scratch_of_misses(wide)._replace(
+                chosen=torch.zeros(size, dtype=torch.int32, device=self.device)
             )
             for _ in self.layers
         ]
+
+    def _scratches_left(self) -> list[StepScratch]:
+        """The same for what steps do not wait for."""
+        if self.config.max_misses is None:
+            return []
+        return [self._scratch_of_misses(self.shape.most) for _ in self.layers]
+
+    def _scratch_of_misses(self, count: int) -> StepScratch:
+        size = self.shape.batch, self.shape.kv_heads, count
+        return self.scratch._replace(
+            victims=torch.zeros(size, dtype=torch.int32, device=self.device),
+            wanted=torch.zeros(size, dtype=torch.int64, device=self.device),
+            num_misses=torch.zeros(size[:2], dtype=torch.int32, device=self.device),
+        )
 
     def _refresh_chunks(self) -> None:
         """Tell the device of chunks that the host arena has got."""

@@ -11,9 +11,29 @@ from wavekv.kernels.step import AGES, StepPages, StepPool, StepScratch, StepShap
 
 
 @triton.jit
+def _best(bits, is_there, count, PROBES: tl.constexpr):
+    """The `count` highest of bits [n] (not negative where `is_there`), of equal ones the first."""
+    j = tl.arange(0, PROBES)
+    low = tl.zeros([], tl.int64)
+    width = tl.full([], 1 << 32, tl.int64)
+    while width > 1:
+        width = width // PROBES
+        probe = low + (j + 1) * width - 1
+        is_above = is_there[:, None] & (bits[:, None] > probe[None, :])
+        is_far = tl.sum(is_above.to(tl.int32), 0) < count
+        low = low + tl.min(tl.where(is_far, j, PROBES - 1), 0) * width
+    last = low.to(tl.int32)
+    is_above = is_there & (bits > last)
+    is_tie = is_there & (bits == last)
+    before = tl.sum(is_above.to(tl.int32), 0) + tl.cumsum(is_tie.to(tl.int32), 0) - 1
+    return is_above | (is_tie & (before < count))
+
+
+@triton.jit
 def _resolve(
     counters,
     chosen,
+    rank,
     counts,
     arena_ids,
     table,
@@ -33,6 +53,7 @@ def _resolve(
     MP: tl.constexpr,
     SP: tl.constexpr,
     AGES: tl.constexpr,
+    PROBES: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -44,15 +65,19 @@ def _resolve(
     is_hit = slot >= 0
     tl.store(age + row * S + slot, now, mask=is_hit)
     is_miss = is_page & (slot < 0)
-    order = tl.cumsum(is_miss.to(tl.int32), 0) - 1
+    num_missing = tl.sum(is_miss.to(tl.int32), 0)
     # victims by age, never a slot of this step
     tl.debug_barrier()
     used = tl.load(age + row * S + s, mask=s < S, other=now, cache_modifier=".cg")
     is_free = (s < S) & (used != now)
     # a slot of this step has age 0, and does not count; beyond the last bin all are equally old
     rest = tl.where(is_free, tl.minimum(now - used, AGES - 1), 0)
-    taken = tl.minimum(tl.sum(is_miss.to(tl.int32), 0), X)
-    taken = tl.minimum(taken, tl.sum(is_free.to(tl.int32), 0))
+    taken = tl.minimum(tl.minimum(num_missing, X), tl.sum(is_free.to(tl.int32), 0))
+    is_taken = is_miss
+    if taken < num_missing:
+        bits = tl.load(rank + row * N + page, mask=is_miss, other=-1)
+        is_taken = _best(bits, is_miss, taken, PROBES)
+    order = tl.cumsum(is_taken.to(tl.int32), 0) - 1
     # the youngest age taken: the largest that leaves enough at or above it
     bins = tl.arange(0, AGES)
     counted = tl.histogram(rest, AGES)
@@ -68,7 +93,6 @@ def _resolve(
     previous = tl.load(owner + row * S + s, mask=is_victim, other=-1)
     tl.store(table + row * N + previous, tl.full([SP], -1, tl.int32), mask=previous >= 0)
     tl.debug_barrier()
-    is_taken = is_miss & (order < taken)
     filled = tl.load(victims + row * X + order, mask=is_taken, other=-1, cache_modifier=".cg")
     tl.store(table + row * N + page, filled, mask=is_taken)
     tl.store(owner + row * S + filled, page, mask=is_taken)
@@ -86,7 +110,7 @@ def _resolve(
         tl.store(tokens + row * M + j, count, mask=j < M)
         tl.store(attended + row * N + page, tl.full([MP], 1, tl.int8), mask=is_here)
         num_hits = tl.sum(is_hit.to(tl.int32), 0)
-        num_left = tl.sum(is_miss.to(tl.int32), 0) - taken
+        num_left = num_missing - taken
         tl.store(paging + row * 5, tl.load(paging + row * 5) + num_hits)
         tl.store(paging + row * 5 + 1, tl.load(paging + row * 5 + 1) + taken)
         tl.store(paging + row * 5 + 2, tl.load(paging + row * 5 + 2) + num_left)
@@ -111,13 +135,14 @@ def resolve(
         "MP": power_of_two(scratch.chosen.shape[2]),
         "SP": power_of_two(shape.slots),
         "AGES": AGES,
+        "PROBES": 16,
         "PREFETCH": is_prefetch,
         "num_warps": min(32, max(4, power_of_two(shape.slots) // 128)),
     }
     launch(
         _resolve,
         (shape.rows,),
-        *(counters, scratch.chosen, pages.counts, pages.arena_ids),
+        *(counters, scratch.chosen, scratch.rank, pages.counts, pages.arena_ids),
         *(pool.table, pool.owner, pool.age),
         *(scratch.slots, scratch.tokens, scratch.attended),
         *(scratch.victims, scratch.wanted, scratch.num_misses, totals.paging),

@@ -12,7 +12,7 @@ from torch import Tensor
 from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.step import StepArena, StepPool, StepScratch, StepShape
 
-_FETCHERS = 128
+_FETCHERS = 32
 """Programs with a page on the way each: enough to keep the bus busy, and small ones, to leave room
 to other kernels."""
 _PROGRAMS, _ROWS = 48, 4
@@ -90,7 +90,7 @@ def fetch(arena: StepArena, pool: StepPool, scratch: StepScratch, shape: StepSha
         "WORDS": num_words,
         "WORDS_P": power_of_two(num_words),
         "PROGRAMS": _FETCHERS,
-        "num_warps": 4,
+        "num_warps": 8,
     }
     launch(
         _fetch,

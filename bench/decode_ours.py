@@ -31,7 +31,8 @@ from wavekv.model_adapters.attention import NAME, register
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.offload import OffloadRuntime
 
-WALK_STEPS = 64
+WALK_STEPS = 1024
+"""Steps of the walk before it turns back: after a turn all its pages are resident, for a while."""
 WARM_UPS = 32
 """Steps before those that are timed: the pool fills up."""
 EXACT_REPEATS = 3
@@ -42,7 +43,7 @@ def add_flags(parser: ArgumentParser) -> None:
     """The flags of these systems."""
     group = parser.add_argument_group("wavekv")
     group.add_argument("--budget", type=float, default=0.02, help="share of tokens retrieved")
-    group.add_argument("--refine", type=int, default=32)
+    group.add_argument("--refine", type=int, default=16)
     group.add_argument("--prefetch", choices=PREFETCHES, default="none")
     group.add_argument("--max-misses", type=int, help="pages fetched by a KV head in a step")
     group.add_argument("--steps", type=int, default=256, help="steps that are timed")

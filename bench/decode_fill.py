@@ -19,7 +19,7 @@ from wavekv.index import encode_keys, page_statistics
 from wavekv.index.scatter import scatter_by_span
 from wavekv.offload import LayerContext, OffloadRuntime
 from wavekv.offload.device_layer import device_parts
-from wavekv.offload.engine import ROOM_TOKENS
+from wavekv.offload.engine_shape import ROOM_TOKENS
 from wavekv.offload.paged import PagedZone, SegmentPages
 
 

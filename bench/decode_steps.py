@@ -21,7 +21,8 @@ from transformers.masking_utils import flash_attention_mask
 from wavekv.kernels.step import END
 from wavekv.model_adapters.early import guessed_query
 from wavekv.offload import LayerContext, Logits
-from wavekv.offload.engine import DecodeEngine, engine_refusal
+from wavekv.offload.engine import DecodeEngine
+from wavekv.offload.engine_shape import engine_refusal
 
 IMPLEMENTATION = "walked_engine"
 _STEPS = "_bench_steps"

@@ -34,7 +34,8 @@ from wavekv.cli.answering import VALUE_DIGITS
 from wavekv.demo.context import PlantedContext, plant
 from wavekv.model_adapters.bundled import load_demo_model, load_demo_tokenizer
 from wavekv.model_adapters.graph import _EAGER_STEPS
-from wavekv.offload.engine import DecodeEngine, engine_refusal
+from wavekv.offload.engine import DecodeEngine
+from wavekv.offload.engine_shape import engine_refusal
 
 NEAR_TIE = 1e-3
 MOST_ERROR = 1e-2

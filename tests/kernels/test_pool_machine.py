@@ -188,6 +188,18 @@ def test_one_slot_and_one_page(kernels) -> None:
     assert pair.paging()[:3] == [1, 3, 0]
 
 
+def test_many_misses_at_once(kernels) -> None:
+    """More than there are programs to fetch them; of one head only, then of both."""
+    pair = PoolPair(
+        *kernels, kv_heads=2, num_pages=400, capacity=400, slots=300, most=300, misses=300
+    )
+    pair.step([], list(range(300)))
+    advance(pair)
+    pair.step(list(range(100, 400)), list(range(200, 400)))
+    assert pair.paging(0)[:3] == [0, 300, 0]
+    assert pair.paging(1)[:3] == [100, 400, 0]
+
+
 def test_one_miss_a_step(kernels) -> None:
     pair = PoolPair(*kernels, misses=1)
     for fetched in range(1, 6):

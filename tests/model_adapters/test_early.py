@@ -1,4 +1,4 @@
-"""Guessed queries: of the layer that they are guessed for, exactly its own if nothing lay between."""
+"""Guessed queries: exactly a layer's own where nothing lies between."""
 
 from __future__ import annotations
 

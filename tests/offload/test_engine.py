@@ -13,7 +13,8 @@ from wavekv.config import OffloadConfig
 from wavekv.errors import CapacityError
 from wavekv.kernels import step_reference
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
-from wavekv.offload.engine import DecodeEngine, engine_refusal
+from wavekv.offload.engine import DecodeEngine
+from wavekv.offload.engine_shape import engine_refusal
 
 LOGITS = Logits(D**-0.5)
 HQ, HKV, LAYERS = 4, 2, 2

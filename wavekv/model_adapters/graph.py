@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.early import EarlyQueries
-from wavekv.offload.engine import DecodeEngine, engine_refusal
+from wavekv.offload.engine import DecodeEngine
+from wavekv.offload.engine_shape import engine_refusal
 
 _LOG = logging.getLogger("wavekv")
 _EAGER_STEPS = 3

@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from wavekv.config import parse_size
 from wavekv.errors import CapacityError
 from wavekv.index.retrieval import Logits
 from wavekv.kernels.step import (
@@ -38,43 +37,12 @@ from wavekv.kernels.step import (
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
+from wavekv.offload.engine_shape import RUNNERS_UP, engine_shape
 from wavekv.offload.growth import Growth
+from wavekv.offload.streams import SideStreams
 
-ROOM_TOKENS = 8192
-"""Tokens that the buffers of an engine have room for; then it is made anew."""
-POOL_BUDGETS = 4
-"""Slots of the page pool, in budgets and rounded up to a power of two (which costs the choice of
-victims nothing), unless `device_budget` allows fewer."""
-RUNNERS_UP = 1.25
-"""Pages that are made resident for the next step, as a multiple of the budget."""
 _HOST_ROOM_TOKENS = 2048
 """Tokens whose pages have room in the host arena from the start: pinning takes 0.7 s for a GiB."""
-
-
-def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
-    """Why an engine cannot take these contexts over; None if it can."""
-    made = [context for context in contexts if context is not None]
-    if not made or len(made) < len(contexts):
-        return "some layers hold no tokens yet"
-    first = made[0]
-    queries = [context.counters.last_query for context in made]
-    if first.runtime.config.mode != "retrieval":
-        return f'mode is "{first.runtime.config.mode}"'
-    if any(query is None for query in queries):
-        return "no decode step has run yet"
-    kinds = {
-        (context.shape, context.paged.arena, query.shape, query.dtype, query.device)
-        for context, query in zip(made, queries, strict=True)
-        if query is not None
-    }
-    if len(kinds) > 1:
-        return "layers differ in heads, dtype or device"
-    config = first.runtime.config
-    if first.paged.arena.layout.page_bytes % 4:
-        return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
-    if first.steady.num_local > config.window + 2 * config.append_segment:
-        return "too many tokens wait to be paged out"
-    return None
 
 
 class DecodeEngine:
@@ -96,7 +64,7 @@ class DecodeEngine:
         self.device = query.device
         self.start, self.num_tokens, self.num_pages = zone.start, zone.end, paged.num_pages
         self.first_token = self.num_tokens
-        self.shape = self._new_shape(contexts, query)
+        self.shape = engine_shape(contexts)
         self._host_arena = paged.arena
         self.grown: list[GrownPages] = []
         self._next_ids: Tensor | None = None
@@ -136,11 +104,9 @@ class DecodeEngine:
             self.layers, self.ring, self.counters, self.arena, self.shape, segment, ops
         )
         self._can_grow = A == 0 or bool(zone.valid.view[:, :A].all())
-        is_cuda = self.device.type == "cuda"
-        self._streams = [torch.cuda.Stream(self.device) for _ in range(3)] if is_cuda else []
-        self._running: set[int] = set()
+        self._streams = SideStreams(3, self.device)
         self._resolved: torch.cuda.Event | None = None
-        self._early: dict[int, tuple[torch.cuda.Event, Tensor]] = {}
+        self._early: dict[int, tuple[torch.cuda.Event | None, Tensor]] = {}
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
         self.last_queries: dict[int, Tensor] = {}
@@ -230,13 +196,12 @@ class DecodeEngine:
         self.last_queries[number] = query[:, :, 0]
         q, k, v = (x[:, :, 0].contiguous() for x in (query, keys, values))
         counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
-        self._await_early(number)
-        if self._resolved is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._resolved)
-            self._resolved = None
+        self._streams.await_mark(self._early.pop(number, (None, None))[0])
+        self._streams.await_mark(self._resolved)
+        self._resolved = None
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
         # beside the choice of pages, whose kernels are short and leave the memory idle
-        with self._beside(0):
+        with self._streams.beside(0):
             ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
             if shape.tail == "second":
                 ops.value_slope(q, pages, counters, scratch, shape)
@@ -245,15 +210,15 @@ class DecodeEngine:
         ops.rank_pages(counters, limits, scratch, shape, is_final=True)
         ops.select(counters, limits, scratch, shape)
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
-        with self._beside(1):
+        with self._streams.beside(1):
             ops.fetch(self.arena, pool, scratch, shape)
         if self.config.prefetch == "runners-up":
             self._fetch_runners_up(number, shape)
         if self.config.max_misses is not None:
             self._fetch_left_out(number, shape)
-        self._join(0)
+        self._streams.join(0)
         ops.estimate(pages, counters, scratch, shape)
-        self._join(1)
+        self._streams.join(1)
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
         return scratch.out.unsqueeze(2)
@@ -264,7 +229,7 @@ class DecodeEngine:
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
         counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
         q = query[:, :, 0].contiguous()
-        with self._beside(2):
+        with self._streams.beside(2):
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
             ops.rank_pages(counters, limits, scratch, shape, is_final=False)
             ops.refine(q, pages, counters, scratch, shape)
@@ -272,14 +237,12 @@ class DecodeEngine:
             ops.select(counters, limits, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
             ops.fetch(self.arena, pool, scratch, shape)
-            if self._streams:
-                # the query's memory must not be given away before the other stream has read it
-                self._early[number] = self._streams[2].record_event(), q
+            # the query's memory must not be given away before the other stream has read it
+            self._early[number] = self._streams.mark(), q
 
     def advance(self) -> None:
         """The end of a step, on the device."""
-        for number in range(len(self._streams)):
-            self._join(number)
+        self._streams.join_all()
         self.counters[: CLOCK + 1] += 1
 
     def check_integrity(self) -> None:
@@ -352,64 +315,19 @@ class DecodeEngine:
         ops.resolve(
             layer.pages, layer.pool, self.counters, ahead, layer.totals, shape, is_prefetch=True
         )
-        with self._beside(2):
+        with self._streams.beside(2):
             ops.fetch(self.arena, layer.pool, ahead, shape)
 
     def _fetch_left_out(self, number: int, shape: StepShape) -> None:
         """Bring what this step does not wait for, for the next one."""
         layer, left, ops = self.layers[number], self._left[number], self.ops
-        with self._beside(2):
+        with self._streams.beside(2):
             ops.resolve(
                 layer.pages, layer.pool, self.counters, left, layer.totals, shape, is_prefetch=True
             )
-            if self._streams:
-                # the next layer overwrites what this reads
-                self._resolved = self._streams[2].record_event()
+            # the next layer overwrites what this reads
+            self._resolved = self._streams.mark()
             ops.fetch(self.arena, layer.pool, left, shape)
-
-    def _new_shape(self, contexts: Sequence[LayerContext], query: Tensor) -> StepShape:
-        config, (B, H, D) = self.config, contexts[0].shape
-        zone, paged = contexts[0].steady, contexts[0].paged
-        P, heads = config.page_size, query.shape[1]
-        most = page_limits(config, zone.end + ROOM_TOKENS + 1)[1]
-        capacity = paged.num_pages + ROOM_TOKENS // P
-        is_wide = config.prefetch == "runners-up"
-        return StepShape(
-            batch=B,
-            kv_heads=H,
-            group=heads // H,
-            head_dim=D,
-            page_size=P,
-            capacity=capacity,
-            most=min(most, capacity),
-            slots=self._num_slots(contexts, min(most, capacity)),
-            misses=max(1, min(most, capacity, config.max_misses or most)),
-            sinks=zone.num_sink_slots,
-            ring=config.window + 2 * config.append_segment,
-            span_pages=paged.scatter.span_pages,
-            scale=1.0,
-            top_p=config.top_p,
-            tail=config.tail_estimate,
-            is_wide=is_wide,
-        )
-
-    def _num_slots(self, contexts: Sequence[LayerContext], most: int) -> int:
-        """Slots of a KV head: some budgets, as far as the device budget goes."""
-        B, H, _ = contexts[0].shape
-        size = parse_size("device_budget", self.config.device_budget)
-        if isinstance(size, float):
-            is_cuda = self.device.type == "cuda"
-            free = torch.cuda.mem_get_info(self.device)[0] if is_cuda else 1 << 40
-            size = int(size * free)
-        slot_bytes = contexts[0].paged.arena.layout.page_bytes * B * H * len(contexts)
-        slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
-        if slots < most:
-            raise CapacityError(
-                f"the pages of one step need {most * slot_bytes / 2**20:.0f} MiB of device memory, "
-                f"device_budget is {size / 2**20:.0f} MiB; raise device_budget, lower budget, or "
-                "free device memory"
-            )
-        return slots
 
     def _scratches_ahead(self) -> list[StepScratch]:
         """Working memory of prefetches, which go on while the next layers use their own."""
@@ -447,25 +365,3 @@ class DecodeEngine:
             new = [chunk.data_ptr() for chunk in chunks[self._num_chunks :]]
             self._chunks[self._num_chunks : len(chunks)] = torch.tensor(new, device=self.device)
             self._num_chunks = len(chunks)
-
-    @contextmanager
-    def _beside(self, number: int) -> Iterator[None]:
-        """Run the body on a stream of its own, from where the current one is."""
-        if not self._streams:
-            yield
-            return
-        stream = self._streams[number]
-        self._running.add(number)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            yield
-
-    def _await_early(self, number: int) -> None:
-        if number in self._early:
-            torch.cuda.current_stream(self.device).wait_event(self._early.pop(number)[0])
-
-    def _join(self, number: int) -> None:
-        # a stream that is not part of a capture must not be waited for in it
-        if number in self._running:
-            torch.cuda.current_stream(self.device).wait_stream(self._streams[number])
-            self._running.remove(number)

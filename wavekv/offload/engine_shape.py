@@ -1,0 +1,97 @@
+"""What a decode engine is made for: whether it can take contexts over, and its fixed sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from wavekv.config import parse_size
+from wavekv.errors import CapacityError
+from wavekv.kernels.step import StepShape
+from wavekv.offload.budget import page_limits
+from wavekv.offload.context import LayerContext
+
+ROOM_TOKENS = 8192
+"""Tokens that the buffers of an engine have room for; then it is made anew."""
+POOL_BUDGETS = 4
+"""Slots of the page pool, in budgets and rounded up to a power of two (which costs the choice of
+victims nothing), unless `device_budget` allows fewer."""
+RUNNERS_UP = 1.25
+"""Pages that are made resident for the next step, as a multiple of the budget."""
+
+
+def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
+    """Why an engine cannot take these contexts over; None if it can."""
+    made = [context for context in contexts if context is not None]
+    if not made or len(made) < len(contexts):
+        return "some layers hold no tokens yet"
+    first = made[0]
+    queries = [context.counters.last_query for context in made]
+    if first.runtime.config.mode != "retrieval":
+        return f'mode is "{first.runtime.config.mode}"'
+    if any(query is None for query in queries):
+        return "no decode step has run yet"
+    kinds = {
+        (context.shape, context.paged.arena, query.shape, query.dtype, query.device)
+        for context, query in zip(made, queries, strict=True)
+        if query is not None
+    }
+    if len(kinds) > 1:
+        return "layers differ in heads, dtype or device"
+    config = first.runtime.config
+    if first.paged.arena.layout.page_bytes % 4:
+        return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
+    if first.steady.num_local > config.window + 2 * config.append_segment:
+        return "too many tokens wait to be paged out"
+    return None
+
+
+def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
+    """The sizes of an engine for these contexts, such that `engine_refusal` is None.
+
+    Raises:
+        CapacityError: device_budget does not hold the pages of one step.
+    """
+    first, query = contexts[0], contexts[0].counters.last_query
+    assert query is not None
+    config, (B, H, D) = first.runtime.config, first.shape
+    zone, paged, P = first.steady, first.paged, config.page_size
+    capacity = paged.num_pages + ROOM_TOKENS // P
+    most = min(capacity, page_limits(config, zone.end + ROOM_TOKENS + 1)[1])
+    return StepShape(
+        batch=B,
+        kv_heads=H,
+        group=query.shape[1] // H,
+        head_dim=D,
+        page_size=P,
+        capacity=capacity,
+        most=most,
+        slots=_num_slots(contexts, most, query.device),
+        misses=min(most, config.max_misses or most),
+        sinks=zone.num_sink_slots,
+        ring=config.window + 2 * config.append_segment,
+        span_pages=paged.scatter.span_pages,
+        scale=1.0,
+        top_p=config.top_p,
+        tail=config.tail_estimate,
+        is_wide=config.prefetch == "runners-up",
+    )
+
+
+def _num_slots(contexts: Sequence[LayerContext], most: int, device: torch.device) -> int:
+    """Slots of a KV head: some budgets, as far as the device budget goes."""
+    B, H, _ = contexts[0].shape
+    size = parse_size("device_budget", contexts[0].runtime.config.device_budget)
+    if isinstance(size, float):
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 40
+        size = int(size * free)
+    slot_bytes = contexts[0].paged.arena.layout.page_bytes * B * H * len(contexts)
+    slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
+    if slots < most:
+        raise CapacityError(
+            f"the pages of one step need {most * slot_bytes / 2**20:.0f} MiB of device memory, "
+            f"device_budget is {size / 2**20:.0f} MiB; raise device_budget, lower budget, or "
+            "free device memory"
+        )
+    return slots

@@ -54,7 +54,7 @@ def settings() -> dict[str, dict]:
             table[f"{budget:.1%} {tail}"] = {"budget": budget, "tail_estimate": tail}
     for tail in ("first", "second"):
         table[f"2.0% {tail}, means only"] = {"budget": 0.02, "tail_estimate": tail, "refine": 1}
-    for refine in (8, 16):
+    for refine in (8, 32):
         table[f"2.0% second, refine {refine}"] = {"budget": 0.02, "refine": refine}
     return table
 

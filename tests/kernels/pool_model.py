@@ -48,8 +48,19 @@ class HeadModel:
         self.age = [-1] * num_slots
         self.paging = [0] * 5
 
+    def num_unused(self, now: int, chosen: list[int]) -> int:
+        """Slots that hold nothing of this step once these pages are chosen."""
+        found = {self.table[page] for page in chosen if page in self.table}
+        return sum(age != now and slot not in found for slot, age in enumerate(self.age))
+
     def resolve(
-        self, chosen: list[int], counts: list[int], now: int, misses: int, is_prefetch: bool
+        self,
+        chosen: list[int],
+        counts: list[int],
+        ranks: list[int],
+        now: int,
+        misses: int,
+        is_prefetch: bool,
     ) -> Resolved:
         for page in chosen:
             if page in self.table:
@@ -58,7 +69,8 @@ class HeadModel:
         unused = [slot for slot, age in enumerate(self.age) if age != now]
         unused.sort(key=lambda slot: (-min(now - self.age[slot], OLDEST), slot))
         taken = min(len(missing), misses, len(unused))
-        filled = list(zip(sorted(unused[:taken]), missing[:taken], strict=True))
+        best = sorted(missing, key=lambda page: (-ranks[page], page))[:taken]
+        filled = list(zip(sorted(unused[:taken]), sorted(best), strict=True))
         for slot, _ in filled:
             self.table.pop(self.owner[slot], None)
         for slot, page in filled:
@@ -132,14 +144,9 @@ class PoolPair:
         self.heads = [HeadModel(slots) for _ in range(rows)]
         self.scratch = case.scratch
         self.early = StepScratch(*(part.clone() for part in self.scratch))
-        wide = int(1.5 * most)
-        of_wide = batch, kv_heads, wide
-        self.runners_up = self.scratch._replace(
-            chosen=self.scratch.chosen.new_empty(of_wide),
-            victims=self.scratch.victims.new_empty(of_wide),
-            wanted=self.scratch.wanted.new_empty(of_wide),
-            num_misses=torch.empty_like(self.scratch.num_misses),
-        )
+        self.left_out = self._scratch_of_misses(most)
+        wide = self._scratch_of_misses(int(1.5 * most))
+        self.runners_up = wide._replace(chosen=wide.victims.clone())
         for scratch in (self.scratch, self.early):
             for name in ("slots", "tokens"):
                 getattr(scratch, name).fill_(UNWRITTEN)
@@ -150,6 +157,15 @@ class PoolPair:
         self.used: set[tuple[int, int, int]] = set()
         """(row, slot, page) that the steps and prefetches of this moment used."""
         self.set_clock(clock)
+
+    def _scratch_of_misses(self, count: int) -> StepScratch:
+        """For a prefetch that goes on while the rest of the working memory is used again."""
+        size = *self.scratch.num_misses.shape, count
+        return self.scratch._replace(
+            victims=self.scratch.victims.new_empty(size),
+            wanted=self.scratch.wanted.new_empty(size),
+            num_misses=torch.empty_like(self.scratch.num_misses),
+        )
 
     @property
     def num_pages(self) -> int:
@@ -172,6 +188,12 @@ class PoolPair:
     def grow(self, count: int) -> None:
         self.case.counters[PAGES] += count
 
+    def rank(self, ranks: list[list[int]]) -> None:
+        """Say how pages [rows, n] rank: the bits of a float32 that is not negative."""
+        for scratch in (self.scratch, self.early):
+            bits = torch.tensor(ranks, dtype=torch.int32).view(*self.scratch.rank.shape[:2], -1)
+            scratch.rank[..., : bits.shape[2]] = bits
+
     def step(self, *chosen: list[int]) -> None:
         """Attend to the pages chosen for each row, ascending."""
         self.scratch.attended.zero_()
@@ -188,6 +210,19 @@ class PoolPair:
         self._resolve(self.runners_up if wide else self.early, chosen, is_prefetch=True)
         self.check()
 
+    def fetch_left_out(self) -> None:
+        """Make resident what the last step chose and did not wait for."""
+        self._resolve(self.left_out, tuple(self.chosen), is_prefetch=True)
+        self.check()
+
+    def finds_no_slot(self, *chosen: list[int]) -> bool:
+        """Whether there are misses for which no slot is left: `wavekv.kernels.cuda.resolve` takes
+        them all then, and writes anywhere."""
+        return any(
+            head.num_unused(self.now, pages) == 0 and any(page not in head.table for page in pages)
+            for head, pages in zip(self.heads, chosen, strict=True)
+        )
+
     def _resolve(
         self, scratch: StepScratch, chosen: tuple[list[int], ...], *, is_prefetch: bool
     ) -> None:
@@ -198,7 +233,9 @@ class PoolPair:
             assert sorted(set(pages)) == pages
             padded[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
         scratch.chosen.copy_(padded.view_as(scratch.chosen))
-        for part in (scratch.victims, scratch.wanted, scratch.num_misses):
+        # a victim that is not written must not lead out of the pool
+        scratch.victims.zero_()
+        for part in (scratch.wanted, scratch.num_misses):
             part.fill_(UNWRITTEN)
         self.ops.resolve(
             case.pages,
@@ -211,11 +248,14 @@ class PoolPair:
         )
         self.ops.fetch(case.arena, case.pool, scratch, case.shape)
         misses = scratch.victims.shape[2]
-        num_misses = scratch.num_misses.flatten().tolist()
+        num_misses, every_rank = (
+            scratch.num_misses.flatten().tolist(),
+            scratch.rank.flatten(0, 1).tolist(),
+        )
         victims, wanted = (x.flatten(0, 1).tolist() for x in (scratch.victims, scratch.wanted))
         for row, (head, pages) in enumerate(zip(self.heads, chosen, strict=True)):
-            counts = self.counts[row].tolist()
-            done = head.resolve(pages, counts, self.now, misses, is_prefetch)
+            counts, ranks = self.counts[row].tolist(), every_rank[row]
+            done = head.resolve(pages, counts, ranks, self.now, misses, is_prefetch)
             self.used |= {
                 (row, slot, page) for slot, page in zip(done.slots, pages, strict=True) if slot >= 0
             }

@@ -215,14 +215,6 @@ class PoolPair:
         self._resolve(self.left_out, tuple(self.chosen), is_prefetch=True)
         self.check()
 
-    def finds_no_slot(self, *chosen: list[int]) -> bool:
-        """Whether there are misses for which no slot is left: `wavekv.kernels.cuda.resolve` takes
-        them all then, and writes anywhere."""
-        return any(
-            head.num_unused(self.now, pages) == 0 and any(page not in head.table for page in pages)
-            for head, pages in zip(self.heads, chosen, strict=True)
-        )
-
     def _resolve(
         self, scratch: StepScratch, chosen: tuple[list[int], ...], *, is_prefetch: bool
     ) -> None:

@@ -87,7 +87,7 @@ def rank_pages(
     is_counted = is_alive & (torch.arange(n, device=bits.device) % every == 0)
     histogram.scatter_add_(2, bins, is_counted.int())
     above = histogram.flip(2).cumsum(2).flip(2)
-    wanted = limits[WIDE if is_final else CANDIDATES] // every
+    wanted = (limits[WIDE if is_final else CANDIDATES] // every).clamp(min=1)
     last = torch.where(above >= wanted, torch.arange(NUM_BINS, device=bits.device), 0).amax(2)
     least = torch.where(last == 0, 0, (last + base) << BIN_SHIFT).int()
     if not is_final and (int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n):

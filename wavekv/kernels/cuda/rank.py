@@ -103,7 +103,7 @@ def _rank(
         if ticket >= num_blocks - 1:
             wanted = tl.load(limits + LIMIT)
             if PART == 0:
-                wanted = wanted // tl.where(num_pages >= SAMPLED, SAMPLE, 1)
+                wanted = tl.maximum(wanted // tl.where(num_pages >= SAMPLED, SAMPLE, 1), 1)
             b = tl.arange(0, BINS)
             counted = tl.load(here + b, cache_modifier=".cg")
             above = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted

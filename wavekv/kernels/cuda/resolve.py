@@ -76,7 +76,8 @@ def _resolve(
     is_taken = is_miss
     if taken < num_missing:
         bits = tl.load(rank + row * N + page, mask=is_miss, other=-1)
-        is_taken = _best(bits, is_miss, taken, PROBES)
+        # with no slot left to take, none is
+        is_taken = _best(bits, is_miss, taken, PROBES) & (taken > 0)
     order = tl.cumsum(is_taken.to(tl.int32), 0) - 1
     # the youngest age taken: the largest that leaves enough at or above it
     bins = tl.arange(0, AGES)

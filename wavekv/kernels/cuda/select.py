@@ -70,6 +70,7 @@ def _pick(
     wanted_mass,
     LEAST_LIMIT: tl.constexpr,
     MOST_LIMIT: tl.constexpr,
+    WIDE_LIMIT: tl.constexpr,
     TOP_P: tl.constexpr,
     BLOCKS: tl.constexpr,
     COUNT: tl.constexpr,
@@ -88,10 +89,11 @@ def _pick(
     num_listed = tl.sum(counted, 0)
     i, j = tl.arange(0, BLOCK), tl.arange(0, PROBES)
     # the last rank taken lies in [low, low + width): ranks above it are few enough, or light
-    # enough; with top_p it may be anywhere above the threshold
+    # enough; with top_p, or in a list made for a wider choice, it may be anywhere above
     low = tl.load(threshold + row).to(tl.int64)
     # all that is alive is listed where the histogram could not tell: then the rank may be any
-    width = tl.where((low == 0) | TOP_P, WIDTH_OF_ALL, WIDTH_OF_BIN).to(tl.int64)
+    is_wider = most < tl.load(limits + WIDE_LIMIT)
+    width = tl.where((low == 0) | is_wider | TOP_P, WIDTH_OF_ALL, WIDTH_OF_BIN).to(tl.int64)
     while width > 1:
         width = width // PROBES
         probe = low + (j + 1) * width - 1
@@ -195,6 +197,7 @@ def pick(
     options: dict[str, Any] = {
         "LEAST_LIMIT": LEAST,
         "MOST_LIMIT": WIDE if wide else MOST,
+        "WIDE_LIMIT": WIDE,
         "TOP_P": top_p is not None,
         "BLOCKS": power_of_two(blocks),
         "COUNT": COUNT_BLOCK,

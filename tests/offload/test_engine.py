@@ -170,6 +170,96 @@ def test_any_length_padding_and_crop(
             context.settle()
 
 
+def test_to_the_end_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets grow with the context: the last step of an engine chooses the most pages."""
+    monkeypatch.setattr("wavekv.offload.engine_shape.ROOM_TOKENS", 64)
+    steps = Steps(7)
+    taken, contexts = started(steps, 150, budget=0.6, refine=64, prefetch="runners-up")
+    engine = DecodeEngine(taken, step_reference)
+    count = 0
+    while not engine.is_full:
+        token = steps.token()
+        for ours, theirs in zip(
+            engine_step(engine, token), eager_step(contexts, token), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        count += 1
+    assert count > 64
+    engine.give_back()
+    for context in taken:
+        # due, and without room in the engine
+        context.page_out()
+        context.settle()
+    token = steps.token()
+    for ours, theirs in zip(eager_step(taken, token), eager_step(contexts, token), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_sinks_of_a_short_prompt_are_its_first_tokens() -> None:
+    steps = Steps(8)
+    taken, contexts = started(steps, 5, budget=1.0)
+    engine = DecodeEngine(taken, step_reference)
+    while not engine.is_full:
+        token = steps.token()
+        engine_step(engine, token)
+        eager_step(contexts, token)
+    engine.give_back()
+    for _ in range(20):
+        token = steps.token()
+        for ours, theirs in zip(eager_step(taken, token), eager_step(contexts, token), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    for one, other in zip(taken, contexts, strict=True):
+        assert torch.equal(one.steady.sink_positions, other.steady.sink_positions)
+        assert one.steady.sink_positions.tolist() == [[0, 1]]
+
+
+def test_giving_back_may_fail_and_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(9)
+    taken, contexts = started(steps, 150, budget=1.0)
+    engine = DecodeEngine(taken, step_reference)
+    for _ in range(40):
+        token = steps.token()
+        engine_step(engine, token)
+        eager_step(contexts, token)
+    whole = taken[1].steady.values.reserve
+
+    def fails(length: int) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(taken[1].steady.values, "reserve", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.give_back()
+    monkeypatch.setattr(taken[1].steady.values, "reserve", whole)
+    engine.give_back()
+    for one, other in zip(taken, contexts, strict=True):
+        other.settle()
+        assert one.paged.segments == other.paged.segments
+        assert torch.equal(one.steady.keys.view, other.steady.keys.view)
+    taken[0].paged.arena.check_integrity()
+
+
+def test_rehearsals_leave_no_trace_in_a_small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wavekv.offload.engine_shape.ROOM_TOKENS", 32)
+    steps = Steps(10)
+    taken, contexts = started(steps, 200, budget=0.5, refine=64, device_budget=48 * 1024)
+    engine = DecodeEngine(taken, step_reference)
+    assert engine.shape.slots < 2 * engine.shape.most
+    rehearsed = steps.token()
+    engine.before_step()
+    for _ in range(2):
+        for number, each in enumerate(rehearsed):
+            engine.attend(number, *each, LOGITS, None)
+        engine.advance()
+    engine.reset()
+    for _ in range(12):
+        token = steps.token()
+        for ours, theirs in zip(
+            engine_step(engine, token), eager_step(contexts, token), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert int(engine.layers[0].totals.paging[..., 3].sum()) > 0
+
+
 def test_misses_beyond_the_cap_are_estimated() -> None:
     steps = Steps(1)
     taken, contexts = started(steps, 200, budget=0.5, max_misses=2)

@@ -185,7 +185,7 @@ def _resolve_head(
     missing = ids[slots < 0]
     free = (age != now).nonzero().squeeze(1)
     # least recently used first, of equal ages the lower slot
-    rest = (now - age[free]).clamp(max=AGES - 1)
+    rest = (now - age[free]).clamp(1, AGES - 1)
     free = free[rest.sort(descending=True, stable=True).indices]
     taken = min(len(missing), scratch.victims.shape[2], len(free))
     victims = free[:taken].sort().values

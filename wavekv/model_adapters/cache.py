@@ -123,7 +123,8 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         Raises:
             CapacityError: they do not fit cpu_budget; nothing is allocated then.
         """
-        if self.runtime.engine is not None and num_tokens == 1:
+        engine = self.runtime.engine
+        if engine is not None and engine.is_stepping:
             # it sees to that itself
             return
         wanted: dict[Any, int] = {}

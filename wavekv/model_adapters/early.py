@@ -84,7 +84,11 @@ class EarlyQueries:
 
 def _is_plain(layer: Any) -> bool:
     attention = getattr(layer, "self_attn", None)
-    return hasattr(layer, "input_layernorm") and hasattr(attention, "q_proj")
+    return (
+        hasattr(layer, "input_layernorm")
+        and hasattr(attention, "q_proj")
+        and hasattr(sys.modules[type(layer).__module__], "apply_rotary_pos_emb")
+    )
 
 
 def guessed_query(layer: Any, hidden: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:

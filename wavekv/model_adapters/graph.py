@@ -10,11 +10,13 @@ import functools
 import inspect
 import logging
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from wavekv.errors import CapacityError
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.early import EarlyQueries
 from wavekv.offload.engine import DecodeEngine
@@ -23,6 +25,8 @@ from wavekv.offload.engine_shape import engine_refusal
 _LOG = logging.getLogger("wavekv")
 _EAGER_STEPS = 3
 """Steps that run as they are before one is captured: capturing pays where more follow."""
+_STEPS_UNTIL_ROOM = 64
+"""Steps after which device memory that was lacking is looked for again."""
 _WARM_UPS = 2
 _EXPECTED = {
     "input_ids",
@@ -39,8 +43,7 @@ _EXPECTED = {
 class CapturedSteps:
     """The decode steps of one cache."""
 
-    def __init__(self, cache: OffloadedCache) -> None:
-        self._cache = cache
+    def __init__(self) -> None:
         self._length, self._changes, self._in_a_row = -1, -1, 0
         self._graph: _StepGraph | None = None
         self.refusal: str | None = None
@@ -48,26 +51,37 @@ class CapturedSteps:
 
     def run(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any | None:
         """The step that `inputs` of the model's forward ask for; None if it is not to be captured,
-        and nothing has happened then."""
-        cache = self._cache
-        if not self._is_step(model, inputs):
+        and nothing has happened then.
+
+        Raises:
+            CapacityError: pages that are due do not fit cpu_budget; nothing has happened then.
+        """
+        cache: OffloadedCache = inputs["past_key_values"]
+        if not self._is_step(model, cache, inputs):
             self._in_a_row = 0
             return None
-        if not self._follows():
-            return None
-        graph = self._graph
-        if graph is not None and cache.runtime.engine is graph.engine and graph.engine.is_full:
-            # the contexts take the pages that are due; the step after this one has room again
+        if self._graph is not None and not self._graph.is_of(model, cache):
+            # somebody wanted the contexts back: others may come before steps do
             cache.runtime.reclaim()
-            self._graph = graph = None
-        elif graph is None or cache.runtime.engine is not graph.engine:
-            self._graph = graph = self._capture(model)
-        out = None if graph is None else graph.run(inputs)
+            self._graph, self._in_a_row = None, 0
+        if not self._follows(cache):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            if self._graph is None:
+                self._graph = self._capture(model, cache)
+            elif self._graph.engine.is_full:
+                # the contexts take the pages that are due; the step after this one has room again
+                cache.runtime.reclaim()
+                self._graph = None
+            out = None if self._graph is None else self._graph.run(inputs)
         self._length += 1
         return out
 
-    def _is_step(self, model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
+    def _is_step(
+        self, model: PreTrainedModel, cache: OffloadedCache, inputs: dict[str, Any]
+    ) -> bool:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        positions = inputs.get("position_ids")
         unexpected = any(
             value is not None and value is not False
             for name, value in inputs.items()
@@ -75,21 +89,22 @@ class CapturedSteps:
         )
         return (
             self.refusal is None
-            and self._cache.config.capture
-            and not self._cache.runtime.is_prefilling
+            and cache.config.capture
+            and not cache.runtime.is_prefilling
             and not model.training
             and not unexpected
             and inputs.get("use_cache") is not False
             and inputs.get("return_dict") is not False
             and isinstance(ids, Tensor)
             and ids.is_cuda
-            and ids.shape == (self._cache.batch_size, 1)
-            and (mask is None or mask.ndim == 2)
+            and ids.shape == (cache.batch_size, 1)
+            and not torch.is_autocast_enabled("cuda")
+            and (positions is None or positions.shape in ((1, 1), ids.shape))
+            and (not cache.has_padding if mask is None else mask.ndim == 2)
         )
 
-    def _follows(self) -> bool:
+    def _follows(self, cache: OffloadedCache) -> bool:
         """Whether this step comes after enough others, with nothing in between."""
-        cache = self._cache
         length, changes = cache.get_seq_length(), cache.runtime.num_changes
         if (length, changes) != (self._length, self._changes):
             self._in_a_row = 0
@@ -101,31 +116,37 @@ class CapturedSteps:
             return False
         return True
 
-    def _capture(self, model: PreTrainedModel) -> _StepGraph | None:
-        try:
-            self._check(model)
-            return _StepGraph(model, self._cache)
-        except Exception as error:
-            self._cache.runtime.engine = None
-            self.refusal = str(error) if isinstance(error, _Refused) else repr(error)
-            level = logging.INFO if isinstance(error, _Refused) else logging.WARNING
-            _LOG.log(level, "decode steps run without a CUDA graph: %s", self.refusal)
-            return None
-
-    def _check(self, model: PreTrainedModel) -> None:
-        cache = self._cache
-        others = [layer for layer in cache.layers if layer not in cache.offloaded_layers]
-        if others:
-            kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
-            raise _Refused(f"the cache also has layers that grow ({kinds})")
+    def _capture(self, model: PreTrainedModel, cache: OffloadedCache) -> _StepGraph | None:
         cache.settle()
-        reason = engine_refusal([layer.context for layer in cache.offloaded_layers])
-        if reason is not None:
-            raise _Refused(reason)
+        self.refusal = _refusal(model, cache)
+        if self.refusal is not None:
+            _LOG.info("decode steps run without a CUDA graph: %s", self.refusal)
+            return None
+        try:
+            return _StepGraph(model, cache)
+        except CapacityError as error:
+            # there may be room later
+            self._in_a_row = -_STEPS_UNTIL_ROOM
+            _LOG.warning("decode steps run without a CUDA graph for now: %s", error)
+        except Exception as error:
+            self.refusal = repr(error)
+            _LOG.warning("decode steps run without a CUDA graph: %s", self.refusal)
+        cache.runtime.engine = None
+        return None
 
 
-class _Refused(Exception):
-    """Steps of this cache cannot be captured, for a reason that was foreseen."""
+def _refusal(model: PreTrainedModel, cache: OffloadedCache) -> str | None:
+    """Why steps of this model on this cache cannot be captured; None if that is not foreseen."""
+    others = [layer for layer in cache.layers if layer not in cache.offloaded_layers]
+    if others:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
+        return f"the cache also has layers that grow ({kinds})"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "the model counts positions itself"
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(model.config, name, False):
+            return f"the model is configured for {name}"
+    return engine_refusal([layer.context for layer in cache.offloaded_layers])
 
 
 class _StepGraph:
@@ -134,25 +155,21 @@ class _StepGraph:
     def __init__(self, model: PreTrainedModel, cache: OffloadedCache) -> None:
         from wavekv.kernels import cuda
 
-        self._model, self._cache = model, cache
+        self._model = model
         contexts = [layer.context for layer in cache.offloaded_layers]
         self.engine = DecodeEngine([context for context in contexts if context is not None], cuda)
         shape, device = self.engine.shape, self.engine.device
         self._ids = torch.zeros(shape.batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(shape.batch, 1, dtype=torch.int64, device=device)
-        accepted = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in accepted
-        self._inputs: dict[str, Any] = {"input_ids": self._ids, "past_key_values": cache}
-        self._inputs |= {"use_cache": True, "return_dict": True}
-        if self._takes_positions:
-            self._inputs["position_ids"] = self._positions
-        if "logits_to_keep" in accepted:
-            self._inputs["logits_to_keep"] = 1
-        self._capture()
+        self._capture(cache)
+
+    def is_of(self, model: PreTrainedModel, cache: OffloadedCache) -> bool:
+        """Whether this still stands for steps of `model` on `cache`."""
+        return self._model is model and cache.runtime.engine is self.engine
 
     def run(self, inputs: dict[str, Any]) -> Any:
-        """One step."""
-        engine = self.engine
+        """One step. If it fails, the cache holds what it held before."""
+        engine, cache = self.engine, inputs["past_key_values"]
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         engine.before_step()
         self._ids.copy_(inputs["input_ids"])
@@ -160,34 +177,47 @@ class _StepGraph:
             self._positions.fill_(engine.num_tokens)
         else:
             self._positions.copy_(positions)
-        if mask is not None:
+        if mask is None:
+            engine.new_valid.fill_(True)
+        else:
             engine.new_valid.copy_(mask[:, -1])
-        self._graph.replay()
-        engine.after_step()
-        return self._kind(logits=self._logits.clone(), past_key_values=self._cache)
+        length = engine.num_tokens
+        try:
+            self._graph.replay()
+            engine.after_step()
+            return self._kind(logits=self._logits.clone(), past_key_values=cache)
+        except BaseException:
+            # the device has counted the step, or not: only the host's count is sure
+            engine.num_tokens = length
+            cache.runtime.reclaim()
+            raise
 
-    def _capture(self) -> None:
-        engine, runtime = self.engine, self._cache.runtime
+    def _capture(self, cache: OffloadedCache) -> None:
+        engine = self.engine
+        inputs: dict[str, Any] = {"input_ids": self._ids, "position_ids": self._positions}
+        inputs |= {"past_key_values": cache, "use_cache": True, "return_dict": True}
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            inputs["logits_to_keep"] = 1
         engine.before_step()
         self._positions.fill_(engine.num_tokens)
-        runtime.engine = engine
+        cache.runtime.engine = engine
         side = torch.cuda.Stream(engine.device)
-        with engine.stepping(), torch.inference_mode(False), torch.no_grad():
+        with engine.stepping():
             side.wait_stream(torch.cuda.current_stream(engine.device))
             with torch.cuda.stream(side), EarlyQueries(self._model, engine) as early:
                 for _ in range(_WARM_UPS):
-                    self._forward()
+                    self._forward(inputs)
                 early.check()
             torch.cuda.current_stream(engine.device).wait_stream(side)
             engine.capture_growth()
             self._graph = torch.cuda.CUDAGraph()
             capture = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
             with early, capture:
-                self._logits = self._forward()
+                self._logits = self._forward(inputs)
         engine.reset()
 
-    def _forward(self) -> Tensor:
-        out = self._model(**self._inputs)
+    def _forward(self, inputs: dict[str, Any]) -> Tensor:
+        out = self._model(**inputs)
         self._kind = type(out)
         self.engine.advance()
         logits: Tensor = out.logits
@@ -197,7 +227,7 @@ class _StepGraph:
 def captured_steps(cache: OffloadedCache) -> CapturedSteps:
     """Of this cache, made when first asked for."""
     if cache.steps is None:
-        cache.steps = CapturedSteps(cache)
+        cache.steps = CapturedSteps()
     return cache.steps
 
 
@@ -205,14 +235,17 @@ def capturing_view(model: PreTrainedModel, cache: OffloadedCache) -> PreTrainedM
     """A second object for the same model whose forward takes captured steps where it can. Methods
     of the model that call its forward, `generate` above all, then do so too."""
     kind = type(model)
+    # weak: a class lives until the next garbage collection
+    wanted = ref(cache)
 
     @functools.wraps(kind.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         accepted = inspect.signature(kind.forward).parameters
         names = list(accepted)[1:]
         inputs = dict(zip(names, args, strict=False)) | kwargs
-        if inputs.get("past_key_values") is cache:
-            out = captured_steps(cache).run(model, inputs)
+        given = inputs.get("past_key_values")
+        if isinstance(given, OffloadedCache) and given is wanted():
+            out = captured_steps(given).run(model, inputs)
             if out is not None:
                 return out
         return kind.forward(self, *args, **kwargs)

@@ -41,6 +41,7 @@ class DeviceLayer:
         """The index of `context` gets buffers of `shape.capacity` pages; its local tokens are
         copied to `steady`, all of it at once."""
         self.context, self.steady = context, steady
+        self.is_given_back = False
         zone = context.steady
         self.pages = fitted_pages(context.paged, shape)
         self.pool: StepPool = empty_pool(shape, zone.keys.view.dtype, zone.keys.view.device)
@@ -57,7 +58,15 @@ class DeviceLayer:
         self, number: int, grown: list[GrownPages], start: int, end: int, shape: StepShape
     ) -> None:
         """Bring the context to where the steps left it. number: which layer this is of `grown`."""
-        paged = self.context.paged
+        paged, zone = self.context.paged, self.context.steady
+        slots = torch.arange(start, end, device=self.steady.keys.device) % shape.ring
+        slots += shape.sinks
+        # what needs memory comes first: from the first claim on nothing fails
+        keys, values = self.steady.keys[:, :, slots], self.steady.values[:, :, slots]
+        valid = self.steady.valid[:, slots]
+        has_gaps = not bool(valid.all())
+        for part in (zone.keys, zone.values, zone.valid):
+            part.reserve(shape.sinks + end - start)
         for pages in grown:
             n = pages.page_ids.shape[-1]
             for part in device_parts(paged):
@@ -68,16 +77,9 @@ class DeviceLayer:
             paged.segments.append((pages.end, paged.num_pages))
         spans = -(-paged.num_pages // shape.span_pages)
         paged.scatter.spans.claim(spans - len(paged.scatter.spans))
-        zone = self.context.steady
-        slots = torch.arange(start, end, device=self.steady.keys.device) % shape.ring
-        slots += shape.sinks
-        zone.restart(
-            start,
-            end,
-            self.steady.keys[:, :, slots],
-            self.steady.values[:, :, slots],
-            self.steady.valid[:, slots],
-        )
+        zone.restart(start, end, keys, values, valid)
+        zone.has_gaps |= has_gaps
+        self.is_given_back = True
 
     def count(self, steps: int, num_tokens: float, grown: list[GrownPages]) -> None:
         """Add what `steps` steps over about `num_tokens` tokens did to the context's counters."""

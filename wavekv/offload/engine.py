@@ -103,7 +103,9 @@ class DecodeEngine:
         self.growth = Growth(
             self.layers, self.ring, self.counters, self.arena, self.shape, segment, ops
         )
-        self._can_grow = A == 0 or bool(zone.valid.view[:, :A].all())
+        # the first tokens that leave the window make the sinks: not here
+        has_sinks = self.config.num_sink_tokens == A
+        self._can_grow = has_sinks and bool(zone.valid.view[:, :A].all())
         self._streams = SideStreams(3, self.device)
         self._resolved: torch.cuda.Event | None = None
         self._early: dict[int, tuple[torch.cuda.Event | None, Tensor]] = {}
@@ -114,6 +116,8 @@ class DecodeEngine:
 
     def __del__(self) -> None:
         # a cache that goes while its engine has it
+        if hasattr(self, "growth"):
+            self.growth.wait()
         if hasattr(self, "_next_ids"):
             for pages in (*(grown.page_ids for grown in self.grown), self._next_ids):
                 if pages is not None:
@@ -129,7 +133,10 @@ class DecodeEngine:
 
     def capture_growth(self) -> None:
         """Prepare appending pages, so that it costs a step nothing."""
-        if self._can_grow:
+        if not self._can_grow:
+            return
+        # pages that are due and do not fit are an error then
+        with suppress(CapacityError):
             self._next_ids = self._host_arena.allocate(self.growth.num_arena_pages)
             self._refresh_chunks()
             self.growth.capture(self._next_ids)
@@ -148,6 +155,8 @@ class DecodeEngine:
         self.reset_counters()
         self.last_queries.clear()
         for layer in self.layers:
+            # their steps come again: no slot may be of the future
+            layer.pool.age.fill_(-1)
             layer.totals.paging.zero_()
             layer.totals.tail_mass.zero_()
 
@@ -166,7 +175,7 @@ class DecodeEngine:
         """
         limits = page_limits(self.config, self.num_tokens + 1)
         if limits != self._limits:
-            least, most = limits
+            least, most = (min(limit, self.shape.most) for limit in limits)
             values = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
             values[LEAST], values[MOST] = least, most
             values[CANDIDATES] = most * self.config.refine if self.config.refine > 1 else 0
@@ -243,6 +252,7 @@ class DecodeEngine:
     def advance(self) -> None:
         """The end of a step, on the device."""
         self._streams.join_all()
+        self._resolved = None
         self.counters[: CLOCK + 1] += 1
 
     def check_integrity(self) -> None:
@@ -264,7 +274,8 @@ class DecodeEngine:
                         )
 
     def give_back(self) -> None:
-        """Bring the contexts to where the steps left them. The engine is of no use afterwards."""
+        """Bring the contexts to where the steps left them. The engine is of no use afterwards. If
+        it fails, for want of memory, it may be called again."""
         if self.growth.is_running:
             self._commit()
         if self._next_ids is not None:
@@ -275,8 +286,9 @@ class DecodeEngine:
         steps = self.num_tokens - self.first_token
         middle = (self.first_token + self.num_tokens + 1) / 2
         for number, layer in enumerate(self.layers):
-            layer.give_back(number, self.grown, self.start, self.num_tokens, self.shape)
-            layer.count(steps, middle, self.grown)
+            if not layer.is_given_back:
+                layer.give_back(number, self.grown, self.start, self.num_tokens, self.shape)
+                layer.count(steps, middle, self.grown)
         self.grown = []
 
     @property

@@ -33,12 +33,16 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     if any(query is None for query in queries):
         return "no decode step has run yet"
     kinds = {
-        (context.shape, context.paged.arena, query.shape, query.dtype, query.device)
+        (
+            *(context.shape, context.paged.arena, context.paged.num_pages),
+            *(context.steady.start, context.steady.end, context.steady.num_sink_slots),
+            *(query.shape, query.dtype, query.device),
+        )
         for context, query in zip(made, queries, strict=True)
         if query is not None
     }
     if len(kinds) > 1:
-        return "layers differ in heads, dtype or device"
+        return "layers differ in heads, tokens, dtype or device"
     config = first.runtime.config
     if first.paged.arena.layout.page_bytes % 4:
         return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
@@ -57,8 +61,11 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
     assert query is not None
     config, (B, H, D) = first.runtime.config, first.shape
     zone, paged, P = first.steady, first.paged, config.page_size
-    capacity = paged.num_pages + ROOM_TOKENS // P
-    most = min(capacity, page_limits(config, zone.end + ROOM_TOKENS + 1)[1])
+    room = max(ROOM_TOKENS, 2 * config.append_segment)
+    capacity = paged.num_pages + room // P
+    # the ring takes tokens beyond those that have room in pages
+    longest = zone.end + room + config.window + 2 * config.append_segment
+    most = min(capacity, page_limits(config, longest)[1])
     return StepShape(
         batch=B,
         kv_heads=H,
@@ -84,8 +91,7 @@ def _num_slots(contexts: Sequence[LayerContext], most: int, device: torch.device
     B, H, _ = contexts[0].shape
     size = parse_size("device_budget", contexts[0].runtime.config.device_budget)
     if isinstance(size, float):
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 40
-        size = int(size * free)
+        size = int(size * _free_memory(device))
     slot_bytes = contexts[0].paged.arena.layout.page_bytes * B * H * len(contexts)
     slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
     if slots < most:
@@ -95,3 +101,11 @@ def _num_slots(contexts: Sequence[LayerContext], most: int, device: torch.device
             "free device memory"
         )
     return slots
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that are free, what torch holds for later allocations included."""
+    if device.type != "cuda":
+        return 1 << 40
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached

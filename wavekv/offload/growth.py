@@ -44,6 +44,9 @@ class Growth:
         self._host_ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
         self._counts = torch.zeros(size, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(*size, shape.page_size, dtype=torch.int32, device=device)
+        D = shape.head_dim
+        self._scatters = torch.zeros(2, *size[:3], 2, D, D, device=device)
+        self._spans = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self._moved = torch.zeros(4, dtype=torch.int32, device=device)
         self._moved[PAGES], self._moved[START] = self.num_pages, segment
         self._stream = torch.cuda.Stream(device) if is_cuda else None
@@ -69,7 +72,7 @@ class Growth:
         self._arena_ids.copy_(arena_ids.view(self._arena_ids.shape))
         self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
         with torch.cuda.stream(self._stream):
-            self._build(is_rehearsal=True)
+            self._build()
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -100,13 +103,22 @@ class Growth:
         if self._done is not None:
             torch.cuda.current_stream(self.ring.device).wait_event(self._done)
             self._done.synchronize()
+        for number, layer in enumerate(self.layers):
+            for k in range(2):
+                scatter = self._scatters[k, number].unsqueeze(2)
+                layer.pages.scatter.index_add_(2, self._spans[k], scatter)
         self.counters.add_(self._moved)
         self.is_running = False
         assert self._host is not None
         counts, token_ids = self._host
         return GrownPages(end, self._host_ids.clone(), counts.clone(), token_ids.clone())
 
-    def _build(self, *, is_rehearsal: bool = False) -> None:
+    def wait(self) -> None:
+        """Wait on the host for a run that is not committed."""
+        if self.is_running and self._done is not None:
+            self._done.synchronize()
+
+    def _build(self) -> None:
         shape, device = self.shape, self.ring.device
         L, B, H, n = self._arena_ids.shape
         S, D = self.segment, shape.head_dim
@@ -150,13 +162,11 @@ class Growth:
             for target, part in zip(layer.pages, parts, strict=False):
                 target.index_copy_(2, pages, part[number])
             layer.pages.arena_ids.index_copy_(2, pages, self._arena_ids[number])
-            if is_rehearsal:
-                # these are sums: adding twice would show
-                continue
-            last = layer.pages.scatter.shape[2] - 1
-            for k, scatter in enumerate(scatters):
-                at = (span + k).clamp(max=last).unsqueeze(0)
-                layer.pages.scatter.index_add_(2, at, scatter[number].unsqueeze(2))
+        # steps read the span that these belong to: they are added when the pages become visible
+        last = self.layers[0].pages.scatter.shape[2] - 1
+        for k, scatter in enumerate(scatters):
+            self._spans[k].copy_((span + k).clamp(max=last))
+            self._scatters[k].copy_(scatter)
 
 
 def _to_host(tensor: Tensor) -> Tensor:

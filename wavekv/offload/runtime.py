@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 
@@ -23,8 +24,7 @@ class OffloadRuntime:
         """While true, layers wait for whole segments instead of paging every append_segment."""
         self.budget = MemoryBudget.of(parse_size("cpu_budget", config.cpu_budget))
         self.builder = PageBuilder()
-        self.engine: DecodeEngine | None = None
-        """Has the contexts of the cache while its decode steps are captured."""
+        self._engine: ref[DecodeEngine] | None = None
         self.num_changes = 0
         """How often tokens were removed or sequences reordered."""
         self.arenas: dict[tuple[KVLayout, bool], HostArena] = {}
@@ -37,16 +37,28 @@ class OffloadRuntime:
             self.arenas[key] = HostArena(layout, self.budget, pin=key[1])
         return self.arenas[key]
 
+    @property
+    def engine(self) -> DecodeEngine | None:
+        """The engine that has the contexts, while decode steps are captured. A weak reference: the
+        engine knows the contexts, and these the runtime."""
+        return None if self._engine is None else self._engine()
+
+    @engine.setter
+    def engine(self, engine: DecodeEngine | None) -> None:
+        self._engine = None if engine is None else ref(engine)
+
     def reclaim(self) -> None:
         """Have the engine give the contexts back, if it has them."""
-        if self.engine is not None:
-            self.engine.give_back()
+        engine = self.engine
+        if engine is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                engine.give_back()
             self.engine = None
 
     def fork(self, config: OffloadConfig) -> OffloadRuntime:
         """A runtime over the same memory with other decode settings."""
         copy = object.__new__(OffloadRuntime)
         copy.config, copy.is_prefilling = config, False
-        copy.engine, copy.num_changes = None, 0
+        copy._engine, copy.num_changes = None, 0
         copy.budget, copy.builder, copy.arenas = self.budget, self.builder, self.arenas
         return copy

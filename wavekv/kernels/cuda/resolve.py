@@ -71,7 +71,7 @@ def _resolve(
     used = tl.load(age + row * S + s, mask=s < S, other=now, cache_modifier=".cg")
     is_free = (s < S) & (used != now)
     # a slot of this step has age 0, and does not count; beyond the last bin all are equally old
-    rest = tl.where(is_free, tl.minimum(now - used, AGES - 1), 0)
+    rest = tl.where(is_free, tl.maximum(tl.minimum(now - used, AGES - 1), 1), 0)
     taken = tl.minimum(tl.minimum(num_missing, X), tl.sum(is_free.to(tl.int32), 0))
     is_taken = is_miss
     if taken < num_missing:

@@ -94,6 +94,60 @@ def test_calls_of_the_wrapper_take_captured_steps() -> None:
     assert is_captured(cache)
 
 
+def test_under_inference_mode() -> None:
+    ids = prompt(100).to(DEVICE)
+    eager, graph = wrap(capture=False), wrap()
+    expected = generated(eager, ids, eager.new_cache(), max_new_tokens=90)
+    cache = graph.new_cache()
+    with torch.inference_mode():
+        first = generated(graph, ids, cache, max_new_tokens=60)
+        assert is_captured(cache)
+    # out of that mode the contexts still grow
+    second = generated(graph, first, cache, max_new_tokens=30)
+    assert torch.equal(second, expected)
+
+
+def test_a_cap_on_misses_keeps_all_pages_in_reach() -> None:
+    ids = prompt(150).to(DEVICE)
+    graph = wrap(budget=0.3, max_misses=1)
+    cache = graph.new_cache()
+    out = generated(graph, ids, cache)
+    assert out.shape[1] == ids.shape[1] + 60
+    assert is_captured(cache)
+    assert cache.runtime.engine is not None
+    paging = cache.runtime.engine.layers[0].totals.paging
+    assert int(paging[..., 2].sum()) > 0
+    assert int(paging[..., 4].sum()) == int(paging[..., 2].sum())
+    cache.runtime.engine.check_integrity()
+
+
+def test_statistics_between_steps_give_the_contexts_back() -> None:
+    ids = prompt(100).to(DEVICE)
+    outs = []
+    for model in (wrap(capture=False), wrap()):
+        cache = model.new_cache()
+        logits = [model.prefill(ids, cache)]
+        for step in range(30):
+            token = logits[-1].argmax(-1, keepdim=True)
+            with torch.no_grad():
+                logits.append(model(input_ids=token, past_key_values=cache).logits[:, -1])
+            if step % 10 == 9:
+                assert cache.stats()["tokens"] == ids.shape[1] + step + 1
+        outs.append(torch.stack(logits))
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=1e-3)
+
+
+def test_two_caches_of_one_model() -> None:
+    model, eager = wrap(), wrap(capture=False)
+    prompts = [prompt(100, seed).to(DEVICE) for seed in (0, 1)]
+    caches = [model.new_cache() for _ in prompts]
+    outs = [generated(model, ids, cache) for ids, cache in zip(prompts, caches, strict=True)]
+    outs = [generated(model, out, cache) for out, cache in zip(outs, caches, strict=True)]
+    for ids, out in zip(prompts, outs, strict=True):
+        expected = generated(eager, ids, eager.new_cache(), max_new_tokens=120)
+        assert torch.equal(out, expected)
+
+
 def test_beams_are_never_captured() -> None:
     ids = prompt(80).to(DEVICE)
     eager, graph = wrap(capture=False), wrap()

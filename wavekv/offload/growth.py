@@ -1,9 +1,9 @@
 """Pages of generated tokens, built for all layers at once beside the steps of a decode engine.
 
 The oldest local tokens stay in the ring while pages are made of them on a stream of their own,
-behind the pages that steps read. Between two steps the counters then move on: from there the tokens
-are in their pages and no longer local. On CUDA the whole work is one graph, so that it costs the
-host a launch.
+behind the pages that steps read. Between two steps their scatter is added to that of their span and
+the counters move on: from there the tokens are in their pages and no longer local. On CUDA the work
+is one graph, so that it costs the host a launch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What every test shares: hypothesis profiles, the `gpu` mark, seeds, and the `device` fixture."""
+"""What every test shares: hypothesis profiles, the `gpu` mark, seeds, the `device` fixture, and
+Triton's interpreter where there is no CUDA device."""
 
 import os
 import random
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # before anything imports triton: its own library is made for one or the other
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)

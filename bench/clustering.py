@@ -88,7 +88,8 @@ class Statistics:
         self.within = k.square().sum(1).mean().item()
         self.within_values = v.square().sum(1).mean().item()
         self.count, self.mean = by_layer(count), by_layer(key_mean)
-        self.variance, self.value_mean = by_layer(mean(k.square())), by_layer(value_mean)
+        self.variance = by_layer(mean(k.square()).mean(-1))
+        self.value_mean = by_layer(value_mean)
         k, v = k.view(R, -1, D), v.view(R, -1, D)
         self.scatter = by_layer(torch.stack([k.mT @ k, v.mT @ k], dim=1))
         # [L, H, T] cluster among all of the head

@@ -81,6 +81,23 @@ class DeviceLayer:
         zone.has_gaps |= has_gaps
         self.is_given_back = True
 
+    def check_integrity(self, number: int) -> None:
+        """Raise RuntimeError, naming this layer by its number, unless page table and pool agree."""
+        table, owner = self.pool.table.cpu(), self.pool.owner.cpu()
+        B, H, S = owner.shape
+        for b in range(B):
+            for h in range(H):
+                slots = (owner[b, h] >= 0).nonzero().squeeze(1)
+                pages = owner[b, h, slots].long()
+                resident = (table[b, h] >= 0).nonzero().squeeze(1)
+                is_right = torch.equal(table[b, h, pages].long(), slots)
+                if not is_right or not torch.equal(resident, pages.sort().values):
+                    raise RuntimeError(
+                        f"pool integrity: layer {number}, sequence {b}, KV head {h}: the page "
+                        f"table names {len(resident)} resident pages, {len(slots)} of {S} "
+                        "slots have owners, and they do not match"
+                    )
+
     def count(self, steps: int, num_tokens: float, grown: list[GrownPages]) -> None:
         """Add what `steps` steps over about `num_tokens` tokens did to the context's counters."""
         counters, totals = self.context.counters, self.totals

@@ -204,7 +204,7 @@ class DecodeEngine:
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
         self.last_queries[number] = query[:, :, 0]
         q, k, v = (x[:, :, 0].contiguous() for x in (query, keys, values))
-        counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
+        counters, pages, pool = self.counters, layer.pages, layer.pool
         self._streams.await_mark(self._early.pop(number, (None, None))[0])
         self._streams.await_mark(self._resolved)
         self._resolved = None
@@ -214,10 +214,7 @@ class DecodeEngine:
             ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
             if shape.tail == "second":
                 ops.value_slope(q, pages, counters, scratch, shape)
-        ops.rank_pages(counters, limits, scratch, shape, is_final=False)
-        ops.refine(q, pages, counters, scratch, shape)
-        ops.rank_pages(counters, limits, scratch, shape, is_final=True)
-        ops.select(counters, limits, scratch, shape)
+        self._choose(q, layer, scratch, shape)
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         with self._streams.beside(1):
             ops.fetch(self.arena, pool, scratch, shape)
@@ -236,18 +233,25 @@ class DecodeEngine:
         """Fetch what layer `number` would choose for `query` [B, Hq, 1, D], beside other work."""
         layer, scratch, ops = self.layers[number], self._ahead[0], self.ops
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
-        counters, limits, pages, pool = self.counters, self.limits, layer.pages, layer.pool
+        counters, pages, pool = self.counters, layer.pages, layer.pool
         q = query[:, :, 0].contiguous()
         with self._streams.beside(2):
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
-            ops.rank_pages(counters, limits, scratch, shape, is_final=False)
-            ops.refine(q, pages, counters, scratch, shape)
-            ops.rank_pages(counters, limits, scratch, shape, is_final=True)
-            ops.select(counters, limits, scratch, shape)
+            self._choose(q, layer, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
             ops.fetch(self.arena, pool, scratch, shape)
             # the query's memory must not be given away before the other stream has read it
             self._early[number] = self._streams.mark(), q
+
+    def _choose(
+        self, query: Tensor, layer: DeviceLayer, scratch: StepScratch, shape: StepShape
+    ) -> None:
+        """From scores to the pages in `scratch.chosen`."""
+        counters, limits, ops = self.counters, self.limits, self.ops
+        ops.rank_pages(counters, limits, scratch, shape, is_final=False)
+        ops.refine(query, layer.pages, counters, scratch, shape)
+        ops.rank_pages(counters, limits, scratch, shape, is_final=True)
+        ops.select(counters, limits, scratch, shape)
 
     def advance(self) -> None:
         """The end of a step, on the device."""
@@ -258,20 +262,7 @@ class DecodeEngine:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless page tables and pools agree. Waits for the device."""
         for number, layer in enumerate(self.layers):
-            table, owner = layer.pool.table.cpu(), layer.pool.owner.cpu()
-            B, H, S = owner.shape
-            for b in range(B):
-                for h in range(H):
-                    slots = (owner[b, h] >= 0).nonzero().squeeze(1)
-                    pages = owner[b, h, slots].long()
-                    resident = (table[b, h] >= 0).nonzero().squeeze(1)
-                    is_right = torch.equal(table[b, h, pages].long(), slots)
-                    if not is_right or not torch.equal(resident, pages.sort().values):
-                        raise RuntimeError(
-                            f"pool integrity: layer {number}, sequence {b}, KV head {h}: the page "
-                            f"table names {len(resident)} resident pages, {len(slots)} of {S} "
-                            "slots have owners, and they do not match"
-                        )
+            layer.check_integrity(number)
 
     def give_back(self) -> None:
         """Bring the contexts to where the steps left them. The engine is of no use afterwards. If

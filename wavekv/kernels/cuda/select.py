@@ -16,7 +16,6 @@ from wavekv.kernels.step import BIN_SHIFT, COUNT_BLOCK, LEAST, MOST, WIDE, StepS
 
 _PROBE_BITS = 4
 _LIST_BLOCK = 2048
-_INFINITY_BITS = 0x7F800000
 
 
 @triton.jit

@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from machine import machine_record
 from transformers import LlamaForCausalLM
 
 from wavekv.errors import CapacityError
+from wavekv.model_adapters.fusion import fused_parts
 
 System = Callable[[argparse.Namespace, LlamaForCausalLM, int, int], Result]
 
@@ -184,6 +186,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=50, help="fewer where a step is slow")
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
+    parser.add_argument(
+        "--compile", action="store_true", help="norms, rotary and MLP compiled, in all systems"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("bench/results/decode.json"))
     parser.add_argument("--plot", type=Path)
@@ -217,6 +222,7 @@ def main() -> None:
         "layers": config.num_hidden_layers,
         "dtype": str(dtype).removeprefix("torch."),
         "device": args.device,
+        "compile": args.compile,
         "batch": args.batch,
         "copy_gb_per_s": bandwidth / 1e9,
         "full_floor_ms": {
@@ -227,13 +233,14 @@ def main() -> None:
     }
     print(f"device copy, read + write: {bandwidth / 1e9:.0f} GB/s\n{HEADER}", flush=True)
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    for tokens in args.contexts:
-        for result in results(args, model, tokens):
-            row = as_row(result, bandwidth)
-            print(table_line(row), flush=True)
-            record["rows"].append(row)
-            record["seconds"] = round(time.time() - began)
-            args.json.write_text(json.dumps(record, indent=1) + "\n")
+    with fused_parts(model) if args.compile else nullcontext():
+        for tokens in args.contexts:
+            for result in results(args, model, tokens):
+                row = as_row(result, bandwidth)
+                print(table_line(row), flush=True)
+                record["rows"].append(row)
+                record["seconds"] = round(time.time() - began)
+                args.json.write_text(json.dumps(record, indent=1) + "\n")
     if args.plot:
         plot(record, args.plot)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from contextlib import nullcontext
 from typing import Any
 from weakref import ref
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from wavekv.errors import CapacityError
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.early import EarlyQueries
+from wavekv.model_adapters.fusion import fused_parts
 from wavekv.offload.engine import DecodeEngine
 from wavekv.offload.engine_shape import engine_refusal
 
@@ -202,7 +204,8 @@ class _StepGraph:
         self._positions.fill_(engine.num_tokens)
         cache.runtime.engine = engine
         side = torch.cuda.Stream(engine.device)
-        with engine.stepping():
+        parts = fused_parts(self._model) if cache.config.compile else nullcontext()
+        with engine.stepping(), parts:
             side.wait_stream(torch.cuda.current_stream(engine.device))
             with torch.cuda.stream(side), EarlyQueries(self._model, engine) as early:
                 for _ in range(_WARM_UPS):

@@ -209,22 +209,24 @@ class DecodeEngine:
         self._streams.await_mark(self._resolved)
         self._resolved = None
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
-        # beside the choice of pages, whose kernels are short and leave the memory idle
+        self._rank(q, layer, scratch, shape)
+        # beside kernels that are short and leave the memory idle
         with self._streams.beside(0):
             ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
             if shape.tail == "second":
                 ops.value_slope(q, pages, counters, scratch, shape)
-        self._choose(q, layer, scratch, shape)
+        ops.select(counters, self.limits, scratch, shape)
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         with self._streams.beside(1):
             ops.fetch(self.arena, pool, scratch, shape)
+            fetched = self._streams.mark()
         if self.config.prefetch == "runners-up":
-            self._fetch_runners_up(number, shape)
+            self._fetch_runners_up(number, shape, fetched)
         if self.config.max_misses is not None:
-            self._fetch_left_out(number, shape)
+            self._fetch_left_out(number, shape, fetched)
         self._streams.join(0)
         ops.estimate(pages, counters, scratch, shape)
-        self._streams.join(1)
+        self._streams.await_mark(fetched)
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
         return scratch.out.unsqueeze(2)
@@ -237,21 +239,21 @@ class DecodeEngine:
         q = query[:, :, 0].contiguous()
         with self._streams.beside(2):
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
-            self._choose(q, layer, scratch, shape)
+            self._rank(q, layer, scratch, shape)
+            ops.select(counters, self.limits, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
             ops.fetch(self.arena, pool, scratch, shape)
             # the query's memory must not be given away before the other stream has read it
             self._early[number] = self._streams.mark(), q
 
-    def _choose(
+    def _rank(
         self, query: Tensor, layer: DeviceLayer, scratch: StepScratch, shape: StepShape
     ) -> None:
-        """From scores to the pages in `scratch.chosen`."""
+        """From scores to final ranks."""
         counters, limits, ops = self.counters, self.limits, self.ops
         ops.rank_pages(counters, limits, scratch, shape, is_final=False)
         ops.refine(query, layer.pages, counters, scratch, shape)
         ops.rank_pages(counters, limits, scratch, shape, is_final=True)
-        ops.select(counters, limits, scratch, shape)
 
     def advance(self) -> None:
         """The end of a step, on the device."""
@@ -312,16 +314,21 @@ class DecodeEngine:
         self.grown.append(self.growth.commit(self.start))
         self._num_growing, self._next_ids = 0, None
 
-    def _fetch_runners_up(self, number: int, shape: StepShape) -> None:
+    def _fetch_runners_up(
+        self, number: int, shape: StepShape, fetched: torch.cuda.Event | None
+    ) -> None:
         layer, ahead, ops = self.layers[number], self._ahead[number], self.ops
         ops.pick(self.counters, self.limits, self.scratch, ahead.chosen, shape, wide=True)
         ops.resolve(
             layer.pages, layer.pool, self.counters, ahead, layer.totals, shape, is_prefetch=True
         )
         with self._streams.beside(2):
+            self._streams.await_mark(fetched)
             ops.fetch(self.arena, layer.pool, ahead, shape)
 
-    def _fetch_left_out(self, number: int, shape: StepShape) -> None:
+    def _fetch_left_out(
+        self, number: int, shape: StepShape, fetched: torch.cuda.Event | None
+    ) -> None:
         """Bring what this step does not wait for, for the next one."""
         layer, left, ops = self.layers[number], self._left[number], self.ops
         with self._streams.beside(2):
@@ -330,6 +337,8 @@ class DecodeEngine:
             )
             # the next layer overwrites what this reads
             self._resolved = self._streams.mark()
+            # the step waits for the other fetch, and should not share the bus with this one
+            self._streams.await_mark(fetched)
             ops.fetch(self.arena, layer.pool, left, shape)
 
     def _scratches_ahead(self) -> list[StepScratch]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wavekv.kvstore.budget import available_memory
+from wavekv.offload.streams import URGENT
 
 SHAPES = {
     "llama-8b": {
@@ -108,7 +109,7 @@ class CapturedForward:
         if self.output.is_cuda:
             del self.output  # before the capture, which must not free what others allocated
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(priority=URGENT)):
                 self.output = self.forward()
 
     def _warmed_up(self, warmup: int) -> Tensor:

@@ -52,6 +52,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_misses": 0.5}, "max_misses must be an int of at least 1, got 0.5"),
     ({"prefetch": "all"}, "prefetch must be one of none, runners-up, early, got 'all'"),
     ({"capture": 1}, "capture must be True or False, got 1"),
+    ({"compile": "yes"}, "compile must be True or False, got 'yes'"),
 ]  # fmt: skip
 
 

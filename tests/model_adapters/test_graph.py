@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import TINY, VOCAB, make_model, prompt
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from wavekv import OffloadedCache, OffloadedKV
 
@@ -43,6 +44,39 @@ def test_tokens_as_without_a_graph(model_type: str, prefetch: str) -> None:
     statistics = cache.stats()
     assert statistics["tokens"] == ids.shape[1] + 59
     assert statistics["decode_steps"] == 60
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("prefetch", ["none", "early"])
+def test_compiled_parts(model_type: str, prefetch: str) -> None:
+    ids = prompt(150).to(DEVICE)
+    eager = wrap(model_type, capture=False)
+    graph = wrap(model_type, compile=True, prefetch=prefetch)
+    expected = generated(eager, ids, eager.new_cache())
+    cache = graph.new_cache()
+    assert torch.equal(generated(graph, ids, cache), expected)
+    assert is_captured(cache)
+
+
+def test_a_captured_step_copies_nothing_to_the_host() -> None:
+    ids = prompt(150).to(DEVICE)
+    model = wrap()
+    cache = model.new_cache()
+    generated(model, ids, cache)
+    assert cache.steps is not None
+    graph = cache.steps._graph
+    assert graph is not None
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities, acc_events=True) as profiled:
+        graph._graph.replay()
+        torch.cuda.synchronize()
+    names = {event.key for event in profiled.key_averages()}
+    assert {"_score", "_fetch", "_merge"} <= names
+    assert not any("DtoH" in name for name in names)
+    with profile(activities=activities, acc_events=True) as profiled:
+        graph._logits.cpu()
+    assert any("DtoH" in event.key for event in profiled.key_averages())
 
 
 def test_padded_batch() -> None:

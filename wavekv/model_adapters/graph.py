@@ -23,6 +23,7 @@ from wavekv.model_adapters.early import EarlyQueries
 from wavekv.model_adapters.fusion import fused_parts
 from wavekv.offload.engine import DecodeEngine
 from wavekv.offload.engine_shape import engine_refusal
+from wavekv.offload.streams import URGENT
 
 _LOG = logging.getLogger("wavekv")
 _EAGER_STEPS = 3
@@ -203,7 +204,7 @@ class _StepGraph:
         engine.before_step()
         self._positions.fill_(engine.num_tokens)
         cache.runtime.engine = engine
-        side = torch.cuda.Stream(engine.device)
+        side = torch.cuda.Stream(engine.device, URGENT)
         parts = fused_parts(self._model) if cache.config.compile else nullcontext()
         with engine.stepping(), parts:
             side.wait_stream(torch.cuda.current_stream(engine.device))

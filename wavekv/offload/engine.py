@@ -38,8 +38,8 @@ from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
 from wavekv.offload.engine_shape import RUNNERS_UP, engine_shape
+from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
-from wavekv.offload.streams import SideStreams
 
 _HOST_ROOM_TOKENS = 2048
 """Tokens whose pages have room in the host arena from the start: pinning takes 0.7 s for a GiB."""
@@ -93,8 +93,6 @@ class DecodeEngine:
             for i, context in enumerate(contexts)
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
-        self._ahead = self._scratches_ahead()
-        self._left = self._scratches_left()
         self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)
         self.limits = torch.zeros(4, dtype=torch.int32, device=self.device)
         self._limits: tuple[int, int] | None = None
@@ -106,9 +104,10 @@ class DecodeEngine:
         # the first tokens that leave the window make the sinks: not here
         has_sinks = self.config.num_sink_tokens == A
         self._can_grow = has_sinks and bool(zone.valid.view[:, :A].all())
-        self._streams = SideStreams(3, self.device)
-        self._resolved: torch.cuda.Event | None = None
-        self._early: dict[int, tuple[torch.cuda.Event | None, Tensor]] = {}
+        self._fetches = PageFetches(
+            *(self.layers, self.arena, self.counters, self.limits, self.scratch),
+            *(self.shape, self.config, ops),
+        )
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
         self.last_queries: dict[int, Tensor] = {}
@@ -205,60 +204,46 @@ class DecodeEngine:
         self.last_queries[number] = query[:, :, 0]
         q, k, v = (x[:, :, 0].contiguous() for x in (query, keys, values))
         counters, pages, pool = self.counters, layer.pages, layer.pool
-        self._streams.await_mark(self._early.pop(number, (None, None))[0])
-        self._streams.await_mark(self._resolved)
-        self._resolved = None
+        self._fetches.begin_layer(number)
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
-        self._rank(q, layer, scratch, shape)
-        # beside kernels that are short and leave the memory idle
-        with self._streams.beside(0):
-            ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
-            if shape.tail == "second":
-                ops.value_slope(q, pages, counters, scratch, shape)
-        ops.select(counters, self.limits, scratch, shape)
+        self._choose(q, layer, scratch, shape)
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
-        with self._streams.beside(1):
-            ops.fetch(self.arena, pool, scratch, shape)
-            fetched = self._streams.mark()
-        if self.config.prefetch == "runners-up":
-            self._fetch_runners_up(number, shape, fetched)
-        if self.config.max_misses is not None:
-            self._fetch_left_out(number, shape, fetched)
-        self._streams.join(0)
+        self._fetches.start(number, shape)
+        # all that waits for no page, while pages are on their way
+        ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
+        if shape.tail == "second":
+            ops.value_slope(q, pages, counters, scratch, shape)
         ops.estimate(pages, counters, scratch, shape)
-        self._streams.await_mark(fetched)
+        self._fetches.wait()
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
         return scratch.out.unsqueeze(2)
 
     def prefetch(self, number: int, query: Tensor, logits: Logits) -> None:
         """Fetch what layer `number` would choose for `query` [B, Hq, 1, D], beside other work."""
-        layer, scratch, ops = self.layers[number], self._ahead[0], self.ops
+        layer, ops = self.layers[number], self.ops
         shape = replace(self.shape, scale=logits.scale, softcap=logits.softcap)
         counters, pages, pool = self.counters, layer.pages, layer.pool
         q = query[:, :, 0].contiguous()
-        with self._streams.beside(2):
+        with self._fetches.guessing(number, q) as scratch:
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
-            self._rank(q, layer, scratch, shape)
-            ops.select(counters, self.limits, scratch, shape)
+            self._choose(q, layer, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
             ops.fetch(self.arena, pool, scratch, shape)
-            # the query's memory must not be given away before the other stream has read it
-            self._early[number] = self._streams.mark(), q
 
-    def _rank(
+    def _choose(
         self, query: Tensor, layer: DeviceLayer, scratch: StepScratch, shape: StepShape
     ) -> None:
-        """From scores to final ranks."""
+        """From scores to the pages in `scratch.chosen`."""
         counters, limits, ops = self.counters, self.limits, self.ops
         ops.rank_pages(counters, limits, scratch, shape, is_final=False)
         ops.refine(query, layer.pages, counters, scratch, shape)
         ops.rank_pages(counters, limits, scratch, shape, is_final=True)
+        ops.select(counters, limits, scratch, shape)
 
     def advance(self) -> None:
         """The end of a step, on the device."""
-        self._streams.join_all()
-        self._resolved = None
+        self._fetches.join()
         self.counters[: CLOCK + 1] += 1
 
     def check_integrity(self) -> None:
@@ -313,62 +298,6 @@ class DecodeEngine:
         self.num_pages += self.growth.num_pages
         self.grown.append(self.growth.commit(self.start))
         self._num_growing, self._next_ids = 0, None
-
-    def _fetch_runners_up(
-        self, number: int, shape: StepShape, fetched: torch.cuda.Event | None
-    ) -> None:
-        layer, ahead, ops = self.layers[number], self._ahead[number], self.ops
-        ops.pick(self.counters, self.limits, self.scratch, ahead.chosen, shape, wide=True)
-        ops.resolve(
-            layer.pages, layer.pool, self.counters, ahead, layer.totals, shape, is_prefetch=True
-        )
-        with self._streams.beside(2):
-            self._streams.await_mark(fetched)
-            ops.fetch(self.arena, layer.pool, ahead, shape)
-
-    def _fetch_left_out(
-        self, number: int, shape: StepShape, fetched: torch.cuda.Event | None
-    ) -> None:
-        """Bring what this step does not wait for, for the next one."""
-        layer, left, ops = self.layers[number], self._left[number], self.ops
-        with self._streams.beside(2):
-            ops.resolve(
-                layer.pages, layer.pool, self.counters, left, layer.totals, shape, is_prefetch=True
-            )
-            # the next layer overwrites what this reads
-            self._resolved = self._streams.mark()
-            # the step waits for the other fetch, and should not share the bus with this one
-            self._streams.await_mark(fetched)
-            ops.fetch(self.arena, layer.pool, left, shape)
-
-    def _scratches_ahead(self) -> list[StepScratch]:
-        """Working memory of prefetches, which go on while the next layers use their own."""
-        if self.config.prefetch == "early":
-            return [empty_scratch(self.shape, self.scratch.out.dtype, self.device)]
-        if self.config.prefetch == "none":
-            return []
-        wide = int(RUNNERS_UP * self.shape.most)
-        size = self.shape.batch, self.shape.kv_heads, wide
-        return [
-            self._scratch_of_misses(wide)._replace(
-                chosen=torch.zeros(size, dtype=torch.int32, device=self.device)
-            )
-            for _ in self.layers
-        ]
-
-    def _scratches_left(self) -> list[StepScratch]:
-        """The same for what steps do not wait for."""
-        if self.config.max_misses is None:
-            return []
-        return [self._scratch_of_misses(self.shape.most) for _ in self.layers]
-
-    def _scratch_of_misses(self, count: int) -> StepScratch:
-        size = self.shape.batch, self.shape.kv_heads, count
-        return self.scratch._replace(
-            victims=torch.zeros(size, dtype=torch.int32, device=self.device),
-            wanted=torch.zeros(size, dtype=torch.int64, device=self.device),
-            num_misses=torch.zeros(size[:2], dtype=torch.int32, device=self.device),
-        )
 
     def _refresh_chunks(self) -> None:
         """Tell the device of chunks that the host arena has got."""

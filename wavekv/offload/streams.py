@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
+URGENT, IDLE = -1, 0
+"""Priorities of streams: a kernel of an urgent one starts before the blocks of an idle one that
+wait for a place, however many they are."""
+
 
 class SideStreams:
-    """A few streams of one device; without CUDA everything runs where it is."""
+    """Streams of one device with these priorities; without CUDA everything runs where it is."""
 
-    def __init__(self, count: int, device: torch.device) -> None:
+    def __init__(self, priorities: Sequence[int], device: torch.device) -> None:
         self._device = device
         is_cuda = device.type == "cuda"
-        self._streams = [torch.cuda.Stream(device) for _ in range(count)] if is_cuda else []
+        self._streams = [torch.cuda.Stream(device, p) for p in priorities] if is_cuda else []
         self._running: set[int] = set()
 
     @contextmanager

@@ -1,0 +1,128 @@
+"""Pages on their way from the host to the pools of an engine, beside what does not wait for them.
+
+Two streams: one for pages that the step waits for, one for pages of a later layer or step. The
+second begins when the first is through, so that they do not share the bus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from wavekv.config import OffloadConfig
+from wavekv.kernels.step import StepArena, StepScratch, StepShape, empty_scratch
+from wavekv.offload.device_layer import DeviceLayer
+from wavekv.offload.engine_shape import RUNNERS_UP
+from wavekv.offload.streams import IDLE, URGENT, SideStreams
+
+_NOW, _LATER = range(2)
+
+
+class PageFetches:
+    """The fetches of all layers of an engine."""
+
+    def __init__(
+        self,
+        layers: Sequence[DeviceLayer],
+        arena: StepArena,
+        counters: Tensor,
+        limits: Tensor,
+        scratch: StepScratch,
+        shape: StepShape,
+        config: OffloadConfig,
+        ops: ModuleType,
+    ) -> None:
+        self.layers, self.arena, self.scratch, self.ops = layers, arena, scratch, ops
+        self.counters, self.limits, self.config = counters, limits, config
+        self._device = counters.device
+        self._streams = SideStreams((URGENT, IDLE), self._device)
+        self._needed: torch.cuda.Event | None = None
+        self._resolved: torch.cuda.Event | None = None
+        self._guessed: dict[int, tuple[torch.cuda.Event | None, Tensor]] = {}
+        # the next layers use their own while what a layer fetches for later goes on
+        self._ahead: list[StepScratch] = []
+        if config.prefetch == "early":
+            self._ahead = [empty_scratch(shape, scratch.out.dtype, self._device)]
+        elif config.prefetch == "runners-up":
+            self._ahead = [self._scratch_ahead(shape) for _ in layers]
+        self._left: list[StepScratch] = []
+        if config.max_misses is not None:
+            self._left = [self._scratch_of(shape.most, shape) for _ in layers]
+
+    def begin_layer(self, number: int) -> None:
+        """Let the current stream wait for what uses the pool or the scratch of layer `number`."""
+        self._streams.await_mark(self._guessed.pop(number, (None, None))[0])
+        self._streams.await_mark(self._resolved)
+        self._resolved = None
+
+    def start(self, number: int, shape: StepShape) -> None:
+        """Fetch what layer `number` was found to miss, then what is to be there in the next
+        step."""
+        pool = self.layers[number].pool
+        with self._streams.beside(_NOW):
+            self.ops.fetch(self.arena, pool, self.scratch, shape)
+            self._needed = self._streams.mark()
+        if self.config.prefetch == "runners-up":
+            self._fetch_runners_up(number, shape)
+        if self.config.max_misses is not None:
+            self._fetch_left_out(number, shape)
+
+    def wait(self) -> None:
+        """Let the current stream wait for the pages that the step needs."""
+        self._streams.await_mark(self._needed)
+
+    @contextmanager
+    def guessing(self, number: int, query: Tensor) -> Iterator[StepScratch]:
+        """Beside the current stream and in a scratch of its own: the choice of pages of layer
+        `number`, by a guessed query."""
+        with self._streams.beside(_LATER):
+            yield self._ahead[0]
+            # the query's memory must not be given away before the other stream has read it
+            self._guessed[number] = self._streams.mark(), query
+
+    def join(self) -> None:
+        """Let the current stream wait for everything."""
+        self._streams.join_all()
+        self._resolved = None
+
+    def _fetch_runners_up(self, number: int, shape: StepShape) -> None:
+        ahead = self._ahead[number]
+        self.ops.pick(self.counters, self.limits, self.scratch, ahead.chosen, shape, wide=True)
+        self._resolve(number, ahead, shape)
+        with self._streams.beside(_LATER):
+            self._fetch_later(number, ahead, shape)
+
+    def _fetch_left_out(self, number: int, shape: StepShape) -> None:
+        left = self._left[number]
+        with self._streams.beside(_LATER):
+            self._resolve(number, left, shape)
+            # the next layer overwrites what this reads
+            self._resolved = self._streams.mark()
+            self._fetch_later(number, left, shape)
+
+    def _resolve(self, number: int, scratch: StepScratch, shape: StepShape) -> None:
+        layer = self.layers[number]
+        places = layer.pages, layer.pool, self.counters, scratch, layer.totals, shape
+        self.ops.resolve(*places, is_prefetch=True)
+
+    def _fetch_later(self, number: int, scratch: StepScratch, shape: StepShape) -> None:
+        self._streams.await_mark(self._needed)
+        self.ops.fetch(self.arena, self.layers[number].pool, scratch, shape)
+
+    def _scratch_ahead(self, shape: StepShape) -> StepScratch:
+        wide = int(RUNNERS_UP * shape.most)
+        size = shape.batch, shape.kv_heads, wide
+        chosen = torch.zeros(size, dtype=torch.int32, device=self._device)
+        return self._scratch_of(wide, shape)._replace(chosen=chosen)
+
+    def _scratch_of(self, misses: int, shape: StepShape) -> StepScratch:
+        size = shape.batch, shape.kv_heads, misses
+        return self.scratch._replace(
+            victims=torch.zeros(size, dtype=torch.int32, device=self._device),
+            wanted=torch.zeros(size, dtype=torch.int64, device=self._device),
+            num_misses=torch.zeros(size[:2], dtype=torch.int32, device=self._device),
+        )

@@ -296,6 +296,21 @@ def test_crop_then_go_on(model_type: str, kept: int, wrapped: Wrap) -> None:
     assert torch.equal(_continued(model, whole, cache), _from_scratch(model_type, whole))
 
 
+@pytest.mark.parametrize("model_type", ["gemma2", "llama4_text"])
+def test_crop_by_a_tensor_leaves_a_length_that_is_a_number(model_type: str, wrapped: Wrap) -> None:
+    model, ids = wrapped(model_type), prompt(100)
+    cache = model.new_cache()
+    cache.activate_past_recording()
+    model.prefill(ids, cache)
+    cache.crop(torch.tensor(-7))
+    cache.stop_recording()
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    # a tensor would change with the cache, and the cache with what is added to it
+    assert all(type(length) is int for length in lengths)
+    assert lengths == [93] * len(lengths)
+    assert torch.equal(_continued(model, ids, cache), _from_scratch(model_type, ids))
+
+
 @pytest.mark.parametrize("model_type", EVERY_KIND)
 def test_reordered_sequences_go_on(model_type: str, wrapped: Wrap) -> None:
     model, ids = wrapped(model_type, prefill_chunk=CHUNK), prompt(100, batch=3)

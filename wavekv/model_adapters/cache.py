@@ -183,6 +183,9 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
             CacheError: a positive number, or a layer that is not offloaded cannot go back (sliding
                 windows that have moved on, recurrent states); nothing has changed then.
         """
+        # assisted decoding gives a tensor; layers would count in it, and whoever adds to the length
+        # that they tell would change it
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise CacheError(
                 f"crop expects minus the number of tokens to remove, got {tokens_to_remove}"

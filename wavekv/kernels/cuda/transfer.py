@@ -20,6 +20,32 @@ _PROGRAMS, _ROWS = 48, 4
 
 
 @triton.jit
+def _locate(
+    i,
+    missing,
+    behind,
+    num_items,
+    victims,
+    wanted,
+    chunks,
+    per_chunk,
+    S,
+    X,
+    WORDS: tl.constexpr,
+):
+    """Where page i of all that are missing is on the host, as an address, and where it goes, as an
+    offset in words."""
+    is_item = i < num_items
+    is_before = behind <= i
+    row = tl.sum(is_before.to(tl.int32), 0).to(tl.int64)
+    miss = i - tl.sum(tl.where(is_before, missing, 0), 0)
+    arena = tl.load(wanted + row * X + miss, mask=is_item, other=0)
+    slot = tl.load(victims + row * X + miss, mask=is_item, other=0)
+    chunk = tl.load(chunks + arena // per_chunk, mask=is_item, other=0)
+    return chunk + (arena % per_chunk) * (4 * WORDS), (row * S + slot) * WORDS
+
+
+@triton.jit
 def _fetch(
     victims,
     wanted,
@@ -39,20 +65,25 @@ def _fetch(
     rows = tl.arange(0, ROWS_P)
     missing = tl.load(num_misses + rows, mask=rows < ROWS, other=0)
     behind = tl.cumsum(missing, 0)
-    num_items = tl.sum(missing, 0)
+    num = tl.sum(missing, 0)
     w = tl.arange(0, WORDS_P)
     i = tl.program_id(0)
-    while i < num_items:
-        is_before = behind <= i
-        row = tl.sum(is_before.to(tl.int32), 0).to(tl.int64)
-        miss = i - tl.sum(tl.where(is_before, missing, 0), 0)
-        arena = tl.load(wanted + row * X + miss)
-        slot = tl.load(victims + row * X + miss)
-        chunk = tl.load(chunks + arena // per_chunk)
-        source = chunk.to(tl.pointer_type(tl.int32)) + (arena % per_chunk) * WORDS
-        words = tl.load(source + w, mask=w < WORDS, other=0)
-        tl.store(pages + (row * S + slot) * WORDS + w, words, mask=w < WORDS)
+    source, target = _locate(
+        i, missing, behind, num, victims, wanted, chunks, per_chunk, S, X, WORDS
+    )
+    while i < num:
+        page = source.to(tl.pointer_type(tl.int32))
+        if WORDS % 4 == 0:
+            # chunks begin at whole memory pages: four words a load
+            page = tl.multiple_of(page, 16)
+        words = tl.load(page + w, mask=w < WORDS, other=0)
+        here = target
         i += PROGRAMS
+        # found while the page is on its way
+        source, target = _locate(
+            i, missing, behind, num, victims, wanted, chunks, per_chunk, S, X, WORDS
+        )
+        tl.store(pages + here + w, words, mask=w < WORDS)
 
 
 @triton.jit
@@ -74,6 +105,8 @@ def _store(
         arena = tl.load(arena_ids + i, mask=i < num_pages, other=0)
         chunk = tl.load(chunks + arena // per_chunk, mask=i < num_pages, other=0)
         target = chunk.to(tl.pointer_type(tl.int32)) + (arena % per_chunk) * WORDS
+        if WORDS % 4 == 0:
+            target = tl.multiple_of(target, 16)
         inside = (i < num_pages)[:, None] & (w < WORDS)[None, :]
         words = tl.load(pages + i[:, None] * WORDS + w[None, :], mask=inside, other=0)
         tl.store(target[:, None] + w[None, :], words, mask=inside)

@@ -12,7 +12,7 @@ from torch import Tensor
 from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.step import StepArena, StepPool, StepScratch, StepShape
 
-_FETCHERS = 32
+_FETCHERS = 48
 """Programs with a page on the way each: enough to keep the bus busy, and small ones, to leave room
 to other kernels."""
 _PROGRAMS, _ROWS = 48, 4

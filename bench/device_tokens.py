@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from device_copy import cache_on_cpu
+from engine_steps import engine_of, engine_step
 from machine import machine_record
 from torch import Tensor
 
@@ -34,8 +35,8 @@ from wavekv.cli.answering import VALUE_DIGITS
 from wavekv.demo.context import PlantedContext, plant
 from wavekv.model_adapters.bundled import load_demo_model, load_demo_tokenizer
 from wavekv.model_adapters.graph import _EAGER_STEPS
+from wavekv.offload import LayerContext
 from wavekv.offload.engine import DecodeEngine
-from wavekv.offload.engine_shape import engine_refusal
 
 NEAR_TIE = 1e-3
 MOST_ERROR = 1e-2
@@ -132,14 +133,21 @@ class Sides:
         for ids in (question[:, :-1].to(device), question[:, -1:].to(device)):
             out = self.model(input_ids=ids, past_key_values=fork, logits_to_keep=1)
         on_cpu = cache_on_cpu(fork, self.cpu_model)
-        contexts = [layer.context for layer in fork.offloaded_layers]
         copies = [layer.context for layer in on_cpu.offloaded_layers]
-        assert engine_refusal(contexts) is None, engine_refusal(contexts)
-        if device.type == "cuda":
-            from wavekv.kernels import cuda as ops
-        else:
-            from wavekv.kernels import step_reference as ops
-        engine = DecodeEngine(contexts, ops)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        with engine_of(fork) as engine:
+            self._check_attention(engine, copies, tally)
+            for _ in range(num_steps):
+                token = engine_step(engine, self.model, fork, token)
+            engine.check_integrity()
+            del engine.attend
+        assert all(copy.num_tokens == fork.get_seq_length() for copy in copies)
+
+    @staticmethod
+    def _check_attention(
+        engine: DecodeEngine, copies: list[LayerContext], tally: list[list[Row]]
+    ) -> None:
+        """Give what each layer attends to in the engine to its copy on the CPU too."""
         attend = engine.attend
 
         def attend_twice(number: int, *states: Any) -> Tensor:
@@ -152,20 +160,6 @@ class Sides:
             return got
 
         engine.attend = attend_twice
-        fork.runtime.engine = engine
-        inputs = {"past_key_values": fork, "use_cache": True, "logits_to_keep": 1}
-        for _ in range(num_steps):
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            engine.before_step()
-            position = torch.full_like(token, engine.num_tokens)
-            with engine.stepping():
-                out = self.model.model(input_ids=token, position_ids=position, **inputs)
-            engine.advance()
-            engine.after_step()
-        engine.check_integrity()
-        del engine.attend
-        fork.runtime.reclaim()
-        assert all(copy.num_tokens == fork.get_seq_length() for copy in copies)
 
 
 def summarise(rows: list[Row], layers: dict[str, list[Row]]) -> Row:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from device_copy import cache_on_cpu
-from engine_steps import engine_of, engine_step
+from engine_steps import engine_of, engine_step, watched
 from machine import machine_record
 from torch import Tensor
 
@@ -35,8 +35,6 @@ from wavekv.cli.answering import VALUE_DIGITS
 from wavekv.demo.context import PlantedContext, plant
 from wavekv.model_adapters.bundled import load_demo_model, load_demo_tokenizer
 from wavekv.model_adapters.graph import _EAGER_STEPS
-from wavekv.offload import LayerContext
-from wavekv.offload.engine import DecodeEngine
 
 NEAR_TIE = 1e-3
 MOST_ERROR = 1e-2
@@ -136,30 +134,17 @@ class Sides:
         copies = [layer.context for layer in on_cpu.offloaded_layers]
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         with engine_of(fork) as engine:
-            self._check_attention(engine, copies, tally)
-            for _ in range(num_steps):
-                token = engine_step(engine, self.model, fork, token)
+
+            def look(number: int, got: Tensor, expected: Tensor) -> None:
+                chosen = copies[number].counters.last_choice.chosen
+                pages = pages_lacking(engine.scratch.chosen.cpu(), chosen)
+                tally[number].append({"error": relative_l2(got, expected), "pages": pages})
+
+            with watched(engine, copies, look):
+                for _ in range(num_steps):
+                    token = engine_step(engine, self.model, fork, token)
             engine.check_integrity()
-            del engine.attend
         assert all(copy.num_tokens == fork.get_seq_length() for copy in copies)
-
-    @staticmethod
-    def _check_attention(
-        engine: DecodeEngine, copies: list[LayerContext], tally: list[list[Row]]
-    ) -> None:
-        """Give what each layer attends to in the engine to its copy on the CPU too."""
-        attend = engine.attend
-
-        def attend_twice(number: int, *states: Any) -> Tensor:
-            """states: query, keys, values, logits, sink logits (None), as `engine.attend`."""
-            got = attend(number, *states)
-            expected = copies[number].attend(*(x.cpu() for x in states[:3]), None, states[3])
-            chosen = copies[number].counters.last_choice.chosen
-            pages = pages_lacking(engine.scratch.chosen.cpu(), chosen)
-            tally[number].append({"error": relative_l2(got.cpu(), expected), "pages": pages})
-            return got
-
-        engine.attend = attend_twice
 
 
 def summarise(rows: list[Row], layers: dict[str, list[Row]]) -> Row:

@@ -3,13 +3,15 @@ of its kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wavekv import OffloadedCache, OffloadedKV
+from wavekv.offload import LayerContext
 from wavekv.offload.engine import DecodeEngine
 from wavekv.offload.engine_shape import engine_refusal
 
@@ -31,6 +33,30 @@ def engine_of(cache: OffloadedCache) -> Iterator[DecodeEngine]:
         yield engine
     finally:
         cache.runtime.reclaim()
+
+
+@contextmanager
+def watched(
+    engine: DecodeEngine,
+    copies: Sequence[LayerContext],
+    look: Callable[[int, Tensor, Tensor], None],
+) -> Iterator[None]:
+    """While entered, what a layer attends to in the engine is attended to by its copy on the CPU
+    too. look: is given the layer, and the outputs [B, Hq, 1, D] of both on the CPU."""
+    attend = engine.attend
+
+    def attend_twice(number: int, *states: Any) -> Tensor:
+        """states: query, keys, values, logits, sink logits (None), as `engine.attend`."""
+        got = attend(number, *states)
+        expected = copies[number].attend(*(x.cpu() for x in states[:3]), None, states[3])
+        look(number, got.cpu(), expected)
+        return got
+
+    engine.attend = attend_twice
+    try:
+        yield
+    finally:
+        del engine.attend
 
 
 @torch.no_grad()

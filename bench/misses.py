@@ -13,10 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from engine_steps import engine_of, engine_step
+from engine_steps import engine_of, engine_step, watched
 from machine import machine_record
 from torch import Tensor
 from tqdm import tqdm
@@ -24,33 +27,80 @@ from tqdm import tqdm
 from wavekv import OffloadConfig, OffloadedCache, OffloadedKV
 from wavekv.cli.answering import VALUE_DIGITS
 from wavekv.demo.context import plant
+from wavekv.index import relative_error
 from wavekv.model_adapters.bundled import load_demo_model, load_demo_tokenizer
+
+RESULT = Path(__file__).parent / "results" / "misses.json"
+
+
+@dataclass
+class Tally:
+    """What a cap did."""
+
+    right: int = 0
+    asked: int = 0
+    paging: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.int64))
+    """Pages found on the device, fetched, left out; tokens retrieved; pages fetched for later."""
+    first_errors: list[float] = field(default_factory=list)
+    """Relative L2 of a head's output to exact attention, in the first step of an engine."""
+    errors: list[float] = field(default_factory=list)
+    """The same in later steps."""
+
+    def as_row(self, cap: int | None) -> dict[str, Any]:
+        found, fetched, left_out = (int(count) for count in self.paging[:3])
+        return {
+            "max_misses": cap,
+            "right": self.right,
+            "asked": self.asked,
+            "found": found / (found + fetched + left_out),
+            "left_out": left_out / (found + fetched + left_out),
+            "first_error": sum(self.first_errors) / max(1, len(self.first_errors)),
+            "error": sum(self.errors) / max(1, len(self.errors)),
+        }
 
 
 @torch.no_grad()
-def answer(
-    model: OffloadedKV, cache: OffloadedCache, token: Tensor, max_misses: int | None
-) -> tuple[list[int], Tensor]:
-    """The digits after `token` [1, 1], the last of the question, and [5] pages: found on the
-    device, fetched, left out, tokens retrieved, fetched for later. `cache` is consumed."""
+def run(
+    model: OffloadedKV,
+    cache: OffloadedCache,
+    token: Tensor,
+    max_misses: int | None,
+    tally: Tally,
+    num_steps: int,
+    *,
+    is_watched: bool,
+) -> list[int]:
+    """Tokens of `num_steps` steps from `token` [1, 1] on, all but the first on an engine. `cache`
+    is consumed."""
     cache.runtime.config = cache.config.override(max_misses=max_misses)
     logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
     token = logits[:, -1].argmax(-1, keepdim=True)
     tokens = [int(token)]
+    exact = cache.fork(mode="exact")
+    copies = [layer.context for layer in exact.offloaded_layers]
+
+    def look(number: int, got: Tensor, expected: Tensor) -> None:
+        errors = tally.first_errors if len(tokens) == 1 else tally.errors
+        errors += relative_error(got, expected).flatten().tolist()
+
     with engine_of(cache) as engine:
-        while len(tokens) < VALUE_DIGITS:
-            token = engine_step(engine, model, cache, token)
-            tokens.append(int(token))
-        paging = sum(layer.totals.paging.flatten(0, 1).sum(0) for layer in engine.layers)
-    return tokens, paging
+        with watched(engine, copies, look) if is_watched else nullcontext():
+            while len(tokens) < num_steps:
+                token = engine_step(engine, model, cache, token)
+                tokens.append(int(token))
+        for layer in engine.layers:
+            tally.paging += layer.totals.paging.flatten(0, 1).sum(0)
+    return tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--json", type=Path, default=Path("bench/results/misses.json"))
+    parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--questions", type=int, default=52)
     parser.add_argument("--caps", type=int, nargs="+", default=[32, 16, 8, 4, 2])
+    parser.add_argument("--watched", type=int, default=8, help="questions whose errors are taken")
+    parser.add_argument("--further", type=int, default=24, help="steps of these after the answer")
     parser.add_argument("--seed", type=int, default=100)
     options = parser.parse_args()
     began = time.perf_counter()
@@ -60,27 +110,27 @@ def main() -> None:
     model = OffloadedKV(load_demo_model(), OffloadConfig(budget=0.02))
     cache = model.new_cache()
     model.prefill(torch.tensor([context.token_ids]), cache, progress=True)
-    caps: list[int | None] = [None, *options.caps]
-    right, paging = dict.fromkeys(caps, 0), {cap: torch.zeros(5, dtype=torch.int64) for cap in caps}
-    facts = context.facts[: options.questions]
-    for fact in tqdm(facts, desc="questions"):
+    tallies: dict[int | None, Tally] = {cap: Tally() for cap in (None, *options.caps)}
+    for number, fact in enumerate(tqdm(context.facts[: options.questions], desc="questions")):
         question = torch.tensor([tokenizer.encode(fact.question).ids])
         asked = cache.fork()
         with torch.no_grad():
             model(input_ids=question[:, :-1], past_key_values=asked, logits_to_keep=1)
-        for cap in caps:
-            tokens, pages = answer(model, asked.fork(), question[:, -1:], cap)
-            right[cap] += tokenizer.decode(tokens) == fact.value
-            paging[cap] += pages
-    rows = []
-    for cap in caps:
-        found, fetched, left_out = (int(count) for count in paging[cap][:3])
-        share = left_out / (found + fetched + left_out)
-        rows.append({"max_misses": cap, "right": right[cap], "left_out": share})
-        print(f"max_misses {cap}: {right[cap]} of {len(facts)} right, {share:.1%} left out")
-    setting = {"tokens": options.tokens, "questions": len(facts), "seed": options.seed}
-    record = {"machine": machine_record(), **setting, "rows": rows}
-    record["seconds"] = round(time.perf_counter() - began)
+        is_watched = number < options.watched
+        steps = VALUE_DIGITS + is_watched * options.further
+        for cap, tally in tallies.items():
+            args = model, asked.fork(), question[:, -1:], cap, tally, steps
+            tokens = run(*args, is_watched=is_watched)[:VALUE_DIGITS]
+            tally.asked += 1
+            tally.right += tokenizer.decode(tokens) == fact.value
+    rows = [tally.as_row(cap) for cap, tally in tallies.items()]
+    for row in rows:
+        print(
+            "max_misses {max_misses}: {right} of {asked} right, {found:.1%} found, {left_out:.1%} "
+            "left out, error {first_error:.4f} in the first step, {error:.4f} later".format(**row)
+        )
+    record = {"machine": machine_record(), **vars(options), "rows": rows}
+    record |= {"json": options.json.name, "seconds": round(time.perf_counter() - began)}
     options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

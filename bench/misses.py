@@ -1,6 +1,6 @@
 """Answers of the bundled model where steps do not wait for all pages that they choose.
 
-    OMP_WAIT_POLICY=passive python bench/misses.py --json bench/results/misses.json
+    OMP_WAIT_POLICY=passive python bench/misses.py
 
 `max_misses` caps the pages that a KV head waits for in a step; those of lower rank are estimated
 and there in the next step. The pool of an engine is empty at first, so that its first step misses

@@ -61,8 +61,9 @@ class OffloadConfig:
     capture: bool = True
     """Whether decode steps on CUDA run as one CUDA graph, where the model allows it."""
     compile: bool = False
-    """Whether norms, rotary embeddings and feed-forward blocks of a captured step are compiled with
-    `torch.compile`: faster steps, after half a minute of compiling."""
+    """Whether RMS norms, rotary embeddings and feed-forward blocks (classes named ...MLP) of a
+    captured step are compiled with `torch.compile`: faster steps, after some ten seconds of
+    compiling in each process. They round in other places than eager ones do."""
 
     def __post_init__(self) -> None:
         _check_choice("mode", self.mode, ("retrieval", "exact"))

@@ -364,6 +364,13 @@ def test_crop_by_a_positive_number(wrapped: Wrap) -> None:
         cache.crop(5)
 
 
+@pytest.mark.parametrize("amount", [-0.5, torch.tensor(-2.5), "-3", None])
+def test_crop_by_what_is_no_whole_number(amount: object, wrapped: Wrap) -> None:
+    cache = wrapped("llama").new_cache()
+    with pytest.raises(CacheError, match="whole number of tokens"):
+        cache.crop(amount)
+
+
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_crop_where_a_layer_cannot_go_back(model_type: str, wrapped: Wrap) -> None:
     model, ids = wrapped(model_type), prompt(100)

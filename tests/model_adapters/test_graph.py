@@ -16,6 +16,7 @@ from wavekv import OffloadedCache, OffloadedKV
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
+ACTIVITIES = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
 
 
 def wrap(model_type: str = "llama", **overrides: Any) -> OffloadedKV:
@@ -46,7 +47,17 @@ def test_tokens_as_without_a_graph(model_type: str, prefetch: str) -> None:
     assert statistics["decode_steps"] == 60
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler
+def kernels_of_a_step(cache: OffloadedCache) -> set[str]:
+    """Names of what the graph of this cache's steps runs."""
+    assert cache.steps is not None
+    assert cache.steps._graph is not None
+    with profile(activities=ACTIVITIES, acc_events=True) as profiled:
+        cache.steps._graph._graph.replay()
+        torch.cuda.synchronize()
+    return {event.key for event in profiled.key_averages()}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # the compiler's
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 @pytest.mark.parametrize("prefetch", ["none", "early"])
 def test_compiled_parts(model_type: str, prefetch: str) -> None:
@@ -57,6 +68,23 @@ def test_compiled_parts(model_type: str, prefetch: str) -> None:
     cache = graph.new_cache()
     assert torch.equal(generated(graph, ids, cache), expected)
     assert is_captured(cache)
+    assert any("fused" in name for name in kernels_of_a_step(cache))
+
+
+def test_without_a_compiler_steps_are_captured_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
+    ids = prompt(150).to(DEVICE)
+    eager, graph = wrap(capture=False), wrap(compile=True)
+    expected = generated(eager, ids, eager.new_cache())
+    cache = graph.new_cache()
+    assert torch.equal(generated(graph, ids, cache), expected)
+    assert is_captured(cache)
+    assert "not compiled: RuntimeError('no compiler')" in caplog.text
 
 
 def test_a_captured_step_copies_nothing_to_the_host() -> None:
@@ -64,18 +92,11 @@ def test_a_captured_step_copies_nothing_to_the_host() -> None:
     model = wrap()
     cache = model.new_cache()
     generated(model, ids, cache)
-    assert cache.steps is not None
-    graph = cache.steps._graph
-    assert graph is not None
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities, acc_events=True) as profiled:
-        graph._graph.replay()
-        torch.cuda.synchronize()
-    names = {event.key for event in profiled.key_averages()}
+    names = kernels_of_a_step(cache)
     assert {"_score", "_fetch", "_merge"} <= names
     assert not any("DtoH" in name for name in names)
-    with profile(activities=activities, acc_events=True) as profiled:
-        graph._logits.cpu()
+    with profile(activities=ACTIVITIES, acc_events=True) as profiled:
+        ids.cpu()
     assert any("DtoH" in event.key for event in profiled.key_averages())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,7 +177,7 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         """A fork: what code that copies caches for a shared prefix means."""
         return self.fork()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the last `-tokens_to_remove` tokens (a negative number, as in transformers).
 
         Raises:
@@ -185,7 +186,12 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         """
         # assisted decoding gives a tensor; layers would count in it, and whoever adds to the length
         # that they tell would change it
-        tokens_to_remove = int(tokens_to_remove)
+        try:
+            tokens_to_remove = index(tokens_to_remove)
+        except TypeError:
+            raise CacheError(
+                f"crop expects a whole number of tokens to remove, got {tokens_to_remove}"
+            ) from None
         if tokens_to_remove > 0:
             raise CacheError(
                 f"crop expects minus the number of tokens to remove, got {tokens_to_remove}"

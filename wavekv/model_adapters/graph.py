@@ -126,7 +126,7 @@ class CapturedSteps:
             _LOG.info("decode steps run without a CUDA graph: %s", self.refusal)
             return None
         try:
-            return _StepGraph(model, cache)
+            return _step_graph(model, cache)
         except CapacityError as error:
             # there may be room later
             self._in_a_row = -_STEPS_UNTIL_ROOM
@@ -152,10 +152,25 @@ def _refusal(model: PreTrainedModel, cache: OffloadedCache) -> str | None:
     return engine_refusal([layer.context for layer in cache.offloaded_layers])
 
 
+def _step_graph(model: PreTrainedModel, cache: OffloadedCache) -> _StepGraph:
+    """A graph with compiled parts, if they are wanted and the compiler makes them."""
+    if cache.config.compile:
+        try:
+            return _StepGraph(model, cache, with_fused_parts=True)
+        except CapacityError:
+            raise
+        except Exception as error:
+            cache.runtime.engine = None
+            _LOG.warning("parts of the model are not compiled: %r", error)
+    return _StepGraph(model, cache, with_fused_parts=False)
+
+
 class _StepGraph:
     """One engine, and the graph of the model's forward on it."""
 
-    def __init__(self, model: PreTrainedModel, cache: OffloadedCache) -> None:
+    def __init__(
+        self, model: PreTrainedModel, cache: OffloadedCache, *, with_fused_parts: bool
+    ) -> None:
         from wavekv.kernels import cuda
 
         self._model = model
@@ -164,7 +179,8 @@ class _StepGraph:
         shape, device = self.engine.shape, self.engine.device
         self._ids = torch.zeros(shape.batch, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(shape.batch, 1, dtype=torch.int64, device=device)
-        self._capture(cache)
+        with fused_parts(model) if with_fused_parts else nullcontext():
+            self._capture(cache)
 
     def is_of(self, model: PreTrainedModel, cache: OffloadedCache) -> bool:
         """Whether this still stands for steps of `model` on `cache`."""
@@ -205,8 +221,7 @@ class _StepGraph:
         self._positions.fill_(engine.num_tokens)
         cache.runtime.engine = engine
         side = torch.cuda.Stream(engine.device, URGENT)
-        parts = fused_parts(self._model) if cache.config.compile else nullcontext()
-        with engine.stepping(), parts:
+        with engine.stepping():
             side.wait_stream(torch.cuda.current_stream(engine.device))
             with torch.cuda.stream(side), EarlyQueries(self._model, engine) as early:
                 for _ in range(_WARM_UPS):

@@ -37,13 +37,12 @@ from wavekv.kernels.step import (
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
-from wavekv.offload.engine_shape import ROOM_TOKENS, RUNNERS_UP, engine_shape
+from wavekv.offload.engine_shape import RUNNERS_UP, engine_shape
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
 
-_HOST_ROOM_TOKENS, _HOST_ROOM_SHARE = 2048, 1 / 16
-"""Tokens, or a share of those held if that is more, whose pages have room in the host arena from
-the start: pinning takes 0.7 s for a GiB, which a step would wait for."""
+_HOST_ROOM_TOKENS = 2048
+"""Tokens whose pages have room in the host arena from the start: pinning takes 0.7 s for a GiB."""
 
 
 class DecodeEngine:
@@ -71,10 +70,9 @@ class DecodeEngine:
         self._next_ids: Tensor | None = None
         segment = self.config.append_segment
         pages_per_growth = len(contexts) * self.shape.rows * (segment // self.shape.page_size)
-        room = max(_HOST_ROOM_TOKENS, int(_HOST_ROOM_SHARE * self.num_tokens))
         with suppress(CapacityError):
             # ahead of time only: pages that are due and do not fit are an error then
-            self._host_arena.reserve(pages_per_growth * max(1, min(room, ROOM_TOKENS) // segment))
+            self._host_arena.reserve(pages_per_growth * max(1, _HOST_ROOM_TOKENS // segment))
         self._chunks = torch.zeros(
             self._host_arena.max_chunks, dtype=torch.int64, device=self.device
         )
@@ -107,8 +105,14 @@ class DecodeEngine:
         has_sinks = self.config.num_sink_tokens == A
         self._can_grow = has_sinks and bool(zone.valid.view[:, :A].all())
         self._fetches = PageFetches(
-            *(self.layers, self.arena, self.counters, self.limits, self.scratch),
-            *(self.shape, self.config, ops),
+            layers=self.layers,
+            arena=self.arena,
+            counters=self.counters,
+            limits=self.limits,
+            scratch=self.scratch,
+            shape=self.shape,
+            config=self.config,
+            ops=ops,
         )
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""

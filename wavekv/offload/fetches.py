@@ -1,7 +1,8 @@
 """Pages on their way from the host to the pools of an engine, beside what does not wait for them.
 
-Two streams: one for pages that the step waits for, one for pages of a later layer or step. The
-second begins when the first is through, so that they do not share the bus.
+Two streams: one for pages that the step waits for, one for pages of a later layer or step. What a
+layer fetches for the next step begins when what it waits for is there, so that the two do not share
+the bus.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from wavekv.config import OffloadConfig
 from wavekv.kernels.step import StepArena, StepScratch, StepShape, empty_scratch
 from wavekv.offload.device_layer import DeviceLayer
 from wavekv.offload.engine_shape import RUNNERS_UP
-from wavekv.offload.streams import IDLE, URGENT, SideStreams
+from wavekv.offload.streams import ORDINARY, URGENT, SideStreams
 
 _NOW, _LATER = range(2)
 
@@ -27,6 +28,7 @@ class PageFetches:
 
     def __init__(
         self,
+        *,
         layers: Sequence[DeviceLayer],
         arena: StepArena,
         counters: Tensor,
@@ -39,19 +41,18 @@ class PageFetches:
         self.layers, self.arena, self.scratch, self.ops = layers, arena, scratch, ops
         self.counters, self.limits, self.config = counters, limits, config
         self._device = counters.device
-        self._streams = SideStreams((URGENT, IDLE), self._device)
+        self._streams = SideStreams((URGENT, ORDINARY), self._device)
         self._needed: torch.cuda.Event | None = None
         self._resolved: torch.cuda.Event | None = None
         self._guessed: dict[int, tuple[torch.cuda.Event | None, Tensor]] = {}
-        # the next layers use their own while what a layer fetches for later goes on
-        self._ahead: list[StepScratch] = []
         if config.prefetch == "early":
-            self._ahead = [empty_scratch(shape, scratch.out.dtype, self._device)]
-        elif config.prefetch == "runners-up":
+            self._guess = empty_scratch(shape, scratch.out.dtype, self._device)
+        # one for each layer: the next layers go on while what a layer fetches for later does
+        self._ahead: list[StepScratch] = []
+        if config.prefetch == "runners-up":
             self._ahead = [self._scratch_ahead(shape) for _ in layers]
-        self._left: list[StepScratch] = []
-        if config.max_misses is not None:
-            self._left = [self._scratch_of(shape.most, shape) for _ in layers]
+        elif config.max_misses is not None:
+            self._ahead = [self._scratch_of(shape.most, shape) for _ in layers]
 
     def begin_layer(self, number: int) -> None:
         """Let the current stream wait for what uses the pool or the scratch of layer `number`."""
@@ -67,8 +68,9 @@ class PageFetches:
             self.ops.fetch(self.arena, pool, self.scratch, shape)
             self._needed = self._streams.mark()
         if self.config.prefetch == "runners-up":
+            # what is left out ranks above them
             self._fetch_runners_up(number, shape)
-        if self.config.max_misses is not None:
+        elif self.config.max_misses is not None:
             self._fetch_left_out(number, shape)
 
     def wait(self) -> None:
@@ -80,38 +82,39 @@ class PageFetches:
         """Beside the current stream and in a scratch of its own: the choice of pages of layer
         `number`, by a guessed query."""
         with self._streams.beside(_LATER):
-            yield self._ahead[0]
+            yield self._guess
             # the query's memory must not be given away before the other stream has read it
             self._guessed[number] = self._streams.mark(), query
 
     def join(self) -> None:
         """Let the current stream wait for everything."""
-        self._streams.join_all()
-        self._resolved = None
+        self._streams.join()
+        # a mark from outside a capture must not be waited for in it
+        self._needed = self._resolved = None
+        self._guessed.clear()
 
     def _fetch_runners_up(self, number: int, shape: StepShape) -> None:
         ahead = self._ahead[number]
         self.ops.pick(self.counters, self.limits, self.scratch, ahead.chosen, shape, wide=True)
         self._resolve(number, ahead, shape)
         with self._streams.beside(_LATER):
-            self._fetch_later(number, ahead, shape)
+            self._streams.await_mark(self._needed)
+            self.ops.fetch(self.arena, self.layers[number].pool, ahead, shape)
 
     def _fetch_left_out(self, number: int, shape: StepShape) -> None:
-        left = self._left[number]
-        with self._streams.beside(_LATER):
+        left = self._ahead[number]
+        with self._streams.beside(_NOW):
             self._resolve(number, left, shape)
             # the next layer overwrites what this reads
             self._resolved = self._streams.mark()
-            self._fetch_later(number, left, shape)
+        with self._streams.beside(_LATER):
+            self._streams.await_mark(self._resolved)
+            self.ops.fetch(self.arena, self.layers[number].pool, left, shape)
 
     def _resolve(self, number: int, scratch: StepScratch, shape: StepShape) -> None:
         layer = self.layers[number]
         places = layer.pages, layer.pool, self.counters, scratch, layer.totals, shape
         self.ops.resolve(*places, is_prefetch=True)
-
-    def _fetch_later(self, number: int, scratch: StepScratch, shape: StepShape) -> None:
-        self._streams.await_mark(self._needed)
-        self.ops.fetch(self.arena, self.layers[number].pool, scratch, shape)
 
     def _scratch_ahead(self, shape: StepShape) -> StepScratch:
         wide = int(RUNNERS_UP * shape.most)

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-URGENT, IDLE = -1, 0
-"""Priorities of streams: a kernel of an urgent one starts before the blocks of an idle one that
+URGENT, ORDINARY = -1, 0
+"""Priorities of streams: a kernel of an urgent one starts before the blocks of an ordinary one that
 wait for a place, however many they are."""
 
 
@@ -33,17 +33,12 @@ class SideStreams:
         with torch.cuda.stream(stream):
             yield
 
-    def join(self, number: int) -> None:
-        """Let the current stream wait for what stream `number` was given since it was joined last.
-        A stream that is not part of a capture must not be waited for in one."""
-        if number in self._running:
-            torch.cuda.current_stream(self._device).wait_stream(self._streams[number])
-            self._running.remove(number)
-
-    def join_all(self) -> None:
-        """`join` every stream."""
+    def join(self) -> None:
+        """Let the current stream wait for what the others were given since they were joined last.
+        One that is not part of a capture must not be waited for in it."""
         for number in sorted(self._running):
-            self.join(number)
+            torch.cuda.current_stream(self._device).wait_stream(self._streams[number])
+        self._running.clear()
 
     def mark(self) -> torch.cuda.Event | None:
         """An event at the end of the current stream; None without CUDA."""

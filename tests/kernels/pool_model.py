@@ -5,29 +5,17 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
-import pytest
 import torch
 from step_cases import make_case
 from torch import Tensor
 
-from wavekv.kernels import step_reference
 from wavekv.kernels.step import AGES, CLOCK, PAGES, StepScratch
 
 OLDEST = AGES - 1
 """Steps after which slots are equally old."""
+LAST = 2**31 - 2
+"""The last step whose distance to an empty slot's age is an int32."""
 UNWRITTEN = -7
-
-IMPLEMENTATIONS = ["torch", "triton"]
-
-
-def implementation(name: str) -> tuple[ModuleType, str]:
-    """Kernels of a decode step, and the device to run them on: the torch twins, or those in Triton,
-    in its interpreter where there is no GPU."""
-    if name == "torch":
-        return step_reference, "cpu"
-    pytest.importorskip("triton")
-    kernels = pytest.importorskip("wavekv.kernels.cuda")
-    return kernels, "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Resolved(NamedTuple):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from wavekv.errors import InputError
-from wavekv.index.inputs import expect_count, expect_share, pages_in_budget
+from wavekv.index.inputs import expect_positive, expect_share, pages_in_budget
 from wavekv.index.pages import PageStore
 from wavekv.index.retrieval import Logits, PageSummary, choose_pages, estimate_others
 from wavekv.index.scatter import SpanScatter
@@ -18,52 +19,52 @@ _CANDIDATES = 32
 _MASSES_AT_ONCE = 1 << 25
 
 
-def page_limits(
-    budget: float | int, top_p: float | None, num_pages: int, page_size: int
-) -> tuple[int, int]:
-    """(least, most) pages that a query may read.
+@dataclass(frozen=True, slots=True)
+class AttendOptions:
+    """How many pages attention reads, and for which logits; see `WaveIndex.attend`."""
 
-    Raises:
-        InputError: a budget or top_p out of range.
-    """
-    if top_p is not None:
-        expect_share("top_p", top_p)
-    most = pages_in_budget(budget, num_pages, page_size)
-    return (0 if top_p is not None else most), most
+    budget: float | int
+    top_p: float | None
+    group: int
+    scale: float
+    softcap: float | None
+
+    def __post_init__(self) -> None:
+        if self.top_p is not None:
+            expect_share("top_p", self.top_p)
+        pages_in_budget(self.budget, 1, 1)
+        expect_positive("scale", self.scale)
+        if self.softcap is not None:
+            expect_positive("softcap", self.softcap)
+
+    @property
+    def logits(self) -> Logits:
+        """How inner products become logits."""
+        return Logits(self.scale, self.softcap)
+
+    def page_limits(self, num_pages: int, page_size: int) -> tuple[int, int]:
+        """(least, most) pages that a query may read, of so many."""
+        most = pages_in_budget(self.budget, num_pages, page_size)
+        return (0 if self.top_p is not None else most), most
 
 
-def attend_state(
-    queries: Tensor,
-    state: IndexState,
-    logits: Logits,
-    *,
-    limits: tuple[int, int],
-    top_p: float | None,
-    group: int,
-) -> tuple[Tensor, ...]:
+def attend_state(queries: Tensor, state: IndexState, options: AttendOptions) -> tuple[Tensor, ...]:
     """The fields of an `AttendResult`, with queries [H, Q, D] float32, of which `group` consecutive
     ones share their pages. Masses of 128 MiB at a time."""
+    group = options.group
     step = max(1, _MASSES_AT_ONCE // (len(queries) * max(1, state.pages.num_pages)) // group)
-    parts = [
-        _attend(part, state, logits, limits=limits, top_p=top_p, group=group)
-        for part in queries.split(step * group, 1)
-    ]
+    parts = [_attend(part, state, options) for part in queries.split(step * group, 1)]
     if len(parts) == 1:
         return parts[0]
     return tuple(torch.cat(part, 1) for part in zip(*parts, strict=True))
 
 
 def _attend(
-    queries: Tensor,
-    state: IndexState,
-    logits: Logits,
-    *,
-    limits: tuple[int, int],
-    top_p: float | None,
-    group: int,
+    queries: Tensor, state: IndexState, options: AttendOptions
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     H, Q, _ = queries.shape
-    B, tail = Q // group, state.tail
+    group, logits, tail = options.group, options.logits, state.tail
+    B = Q // group
     # queries that share their pages are heads of one group, and groups a batch: [B, H * G, D]
     query = _by_group(queries, group)
     keys, values = (tail[:, half].expand(B, *tail[:, half].shape) for half in range(2))
@@ -75,7 +76,7 @@ def _attend(
         return out, lse, attended, torch.zeros_like(lse)
     pages = _summary(state, state.scatter, B)
     turned = state.codec.queries(queries)[..., : state.code_dims]
-    least, most = limits
+    least, most = options.page_limits(state.pages.num_pages, state.params.page_size)
     choice = choose_pages(
         query,
         _by_group(turned, group),
@@ -83,7 +84,7 @@ def _attend(
         logits,
         least=least,
         most=most,
-        top_p=top_p,
+        top_p=options.top_p,
         num_candidates=_CANDIDATES * most,
     )
     chosen = _attend_chosen(query, state.pages, choice.pages, logits)
@@ -93,17 +94,6 @@ def _attend(
     attended = attended + read.T.repeat_interleave(group, 1)
     estimated = _by_query((rest[1] - lse).exp(), H, group)
     return _by_query(out, H, group), _by_query(lse, H, group), attended, estimated
-
-
-def expect_group(queries: Tensor, group: int) -> None:
-    """`group` divides the queries [H, Q, D].
-
-    Raises:
-        InputError: it does not.
-    """
-    expect_count("group", group)
-    if queries.shape[1] % group:
-        raise InputError(f"queries must come in groups of {group}, got {queries.shape[1]} of them")
 
 
 def _attend_chosen(

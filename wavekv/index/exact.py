@@ -42,8 +42,7 @@ def exact_search(keys: Array, queries: Array, k: int) -> SearchResult:
     counts = (ids >= 0).sum(2)
     work = torch.full_like(counts, N)
     found = scores, ids, counts, torch.zeros_like(counts), work, work.clone()
-    is_numpy = not isinstance(queries, Tensor)
-    return SearchResult(*as_given(found, is_flat=is_flat, is_numpy=is_numpy))
+    return SearchResult(*as_given(found, queries, is_flat=is_flat))
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -49,8 +49,9 @@ class AttendResult:
         yield self.lse
 
 
-def as_given(tensors: Iterable[Tensor], *, is_flat: bool, is_numpy: bool) -> Iterator[Any]:
-    """Tensors [H, ...] as the queries were: without heads if they had none, numpy if they were."""
+def as_given(tensors: Iterable[Tensor], queries: object, *, is_flat: bool) -> Iterator[Any]:
+    """Tensors [H, ...] as the queries were: without heads if `is_flat`, numpy if not of torch."""
+    is_numpy = not isinstance(queries, Tensor)
     for tensor in tensors:
         array = tensor.numpy() if is_numpy else tensor
         yield array[0] if is_flat else array

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from wavekv import __version__
-from wavekv.errors import IndexFormatError
+from wavekv.errors import IndexFormatError, InputError
 from wavekv.index.params import IndexParams
 from wavekv.index.state import Expected, IndexState
 
@@ -63,6 +63,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 def load(path: str | Path, *, mmap: bool, device: torch.device, verify: bool) -> IndexState:
     """Read an index; see `WaveIndex.load`."""
+    if mmap and device.type != "cpu":
+        raise InputError(f"a mapped index lives on the CPU, got device={str(device)!r}")
     with Path(path).open("rb") as file:
         header = _read_header(file, path)
         try:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from wavekv.errors import ClosedError, DtypeError, InputError, ReadOnlyError
-from wavekv.index import inputs, storage
-from wavekv.index.attend import attend_state, expect_group, page_limits
-from wavekv.index.codec import query_metric
+from wavekv.index import sizes, storage
+from wavekv.index.accepted import accept_length, accept_queries, accept_tokens, empty_state_for
+from wavekv.index.attend import AttendOptions, attend_state
+from wavekv.index.held import HeldState
 from wavekv.index.inputs import Array
 from wavekv.index.params import IndexParams
 from wavekv.index.result import AttendResult, SearchResult, as_given
-from wavekv.index.retrieval import Logits
 from wavekv.index.search import DEFAULT_BUDGET, SearchOptions, search_state
 from wavekv.index.state import IndexState
-
-_MAX_KEYS = 2**31 - 1
-"""Ids are kept as int32."""
 
 
 class WaveIndex:
@@ -43,8 +37,7 @@ class WaveIndex:
 
     def __init__(self, state: IndexState, *, is_read_only: bool = False) -> None:
         """Over a state; `build` and `load` make one."""
-        self._held: IndexState | None = state
-        self._is_read_only = is_read_only
+        self._held = HeldState(state, is_read_only=is_read_only)
 
     @classmethod
     def build(
@@ -72,25 +65,8 @@ class WaveIndex:
             DtypeError: another type.
             ConfigError: more `code_dims` than the keys have dimensions.
         """
-        keyed, is_flat = inputs.as_heads("keys", keys)
-        metric = None
-        if query_sample is not None:
-            sample, _ = inputs.as_heads("query_sample", query_sample, is_flat=is_flat)
-            H, _, D = keyed.shape
-            inputs.expect_like("query_sample", sample, heads=H, dim=D, device=keyed.device)
-            if sample.shape[1] == 0:
-                raise InputError("query_sample must hold a query, got none; leave it out instead")
-            inputs.expect_finite("query_sample", sample)
-            metric = query_metric(sample)
-        empty = keyed[:, :0]
-        state = IndexState(
-            empty,
-            params or IndexParams(),
-            is_flat=is_flat,
-            has_values=values is not None,
-            metric=metric,
-        )
-        index = cls(state)
+        params, has_values = params or IndexParams(), values is not None
+        index = cls(empty_state_for(keys, query_sample, params, has_values=has_values))
         index.append(keys, values)
         return index
 
@@ -104,24 +80,11 @@ class WaveIndex:
             DtypeError: another type than the index holds.
             ReadOnlyError: the index is mapped from a file.
         """
-        state = self._writable()
-        new = [self._accept("keys", keys)]
-        if (values is not None) != state.has_values:
-            wanted = "values too" if state.has_values else "no values, as when it was built"
-            raise InputError(
-                f"this index wants {wanted}, got {'none' if values is None else 'some'}"
-            )
-        if values is not None:
-            new.append(self._accept("values", values))
-            if new[0].shape != new[1].shape:
-                raise InputError(
-                    f"values must be {tuple(new[0].shape)} as the keys, got {tuple(new[1].shape)}"
-                )
-        first, count = self.ntotal, new[0].shape[1]
-        if first + count > _MAX_KEYS:
-            raise InputError(f"an index holds at most {_MAX_KEYS} keys a head, got {first + count}")
+        state = self._held.writable
+        new = accept_tokens(keys, values, state)
+        first, count = state.num_keys, new.shape[2]
         if count:
-            state.resize(first + count, torch.stack(new, 1))
+            state.resize(first + count, new)
         return range(first, first + count)
 
     def truncate(self, n: int) -> None:
@@ -131,11 +94,9 @@ class WaveIndex:
             InputError: n is negative or more than `ntotal`.
             ReadOnlyError: the index is mapped from a file.
         """
-        state = self._writable()
-        n = inputs.expect_count("n", n, least=0)
-        if n > self.ntotal:
-            raise InputError(f"n must be at most ntotal={self.ntotal}, got {n}")
-        if n < self.ntotal:
+        state = self._held.writable
+        n = accept_length(n, state)
+        if n < state.num_keys:
             state.resize(n, state.tail[:, :, :0])
 
     def search(
@@ -180,11 +141,10 @@ class WaveIndex:
         state = self._state
         scale = self.dim**-0.5 if scale is None else scale
         options = SearchOptions(k, budget, top_p, group, rerank, scale, num_threads)
-        asked = self._accept_queries(queries, group, check_finite)
+        asked = accept_queries(queries, state, group, check_finite=check_finite)
         scores, ids, work = search_state(asked, state, options)
         found = scores, ids, *work
-        is_numpy = not isinstance(queries, Tensor)
-        return SearchResult(*as_given(found, is_flat=self.is_flat, is_numpy=is_numpy))
+        return SearchResult(*as_given(found, queries, is_flat=state.is_flat))
 
     def attend(
         self,
@@ -217,17 +177,11 @@ class WaveIndex:
             ClosedError: after `close`.
         """
         state = self._state
-        if not state.has_values:
-            raise InputError("attend needs values, got an index without: build(keys, values=...)")
-        asked = self._accept_queries(queries, group, check_finite, largest=inputs.LARGEST_ATTENDED)
-        limits = page_limits(budget, top_p, state.pages.num_pages, self.params.page_size)
-        for name, number in (("scale", scale), ("softcap", softcap)):
-            if number is not None:
-                inputs.expect_positive(name, number)
-        logits = Logits(scale or self.dim**-0.5, softcap)
-        found = attend_state(asked, state, logits, limits=limits, top_p=top_p, group=group)
-        is_numpy = not isinstance(queries, Tensor)
-        return AttendResult(*as_given(found, is_flat=self.is_flat, is_numpy=is_numpy))
+        asked = accept_queries(queries, state, group, check_finite=check_finite, is_attend=True)
+        scale = self.dim**-0.5 if scale is None else scale
+        options = AttendOptions(budget, top_p, group, scale, softcap)
+        found = attend_state(asked, state, options)
+        return AttendResult(*as_given(found, queries, is_flat=state.is_flat))
 
     def save(self, path: str | Path) -> None:
         """Write the index to one file. The file appears whole or not at all: after an error, a full
@@ -262,8 +216,6 @@ class WaveIndex:
             InputError: mmap with a device other than the CPU.
             OSError: it cannot be read.
         """
-        if mmap and torch.device(device).type != "cpu":
-            raise InputError(f"a mapped index lives on the CPU, got device={str(device)!r}")
         state = storage.load(path, mmap=mmap, device=torch.device(device), verify=verify)
         return cls(state, is_read_only=mmap)
 
@@ -278,45 +230,27 @@ class WaveIndex:
 
     def stats(self) -> dict[str, Any]:
         """Numbers about the index, ready for JSON."""
-        state = self._state
-        return {
-            "ntotal": self.ntotal,
-            "num_heads": self.num_heads,
-            "dim": self.dim,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "params": self.params.to_dict(),
-            "code_dims": state.code_dims,
-            "has_values": state.has_values,
-            "has_query_sample": state.metric is not None,
-            "num_pages": state.pages.num_pages,
-            "num_segments": len(state.segments_of(self.ntotal)),
-            "num_tail": state.tail.shape[2],
-            "nbytes": self.nbytes,
-            "key_nbytes": self.key_nbytes,
-            "code_nbytes": self.code_nbytes,
-            "statistics_nbytes": self.statistics_nbytes,
-        }
+        return sizes.stats(self._state)
 
     @property
     def key_nbytes(self) -> int:
         """Bytes of the keys, and values, themselves."""
-        return self._nbytes("pages", "tail")
+        return sizes.key_nbytes(self._state)
 
     @property
     def code_nbytes(self) -> int:
         """Bytes of the codes of keys and their scales."""
-        return self._nbytes("codes", "code_scale", "page_scale")
+        return sizes.code_nbytes(self._state)
 
     @property
     def statistics_nbytes(self) -> int:
         """Bytes of all else: means, ids, statistics for `attend`, and the codec."""
-        return self.nbytes - self.key_nbytes - self.code_nbytes
+        return sizes.statistics_nbytes(self._state)
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is held."""
-        return sum(part.nbytes for part in self._state.tensors().values())
+        return sizes.total_nbytes(self._state)
 
     @property
     def ntotal(self) -> int:
@@ -358,66 +292,22 @@ class WaveIndex:
 
     def close(self) -> None:
         """Free the memory, or the file. Every later use but `close` is a ClosedError."""
-        self._held = None
+        self._held.free()
 
     def __enter__(self) -> WaveIndex:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        if self._held is None:
+        if not self._held.is_open:
             return "WaveIndex(closed)"
         return (
             f"WaveIndex(ntotal={self.ntotal}, num_heads={self.num_heads}, dim={self.dim}, "
             f"dtype={self.dtype}, device={self.device}, nbytes={self.nbytes})"
         )
 
-    def _nbytes(self, *names: str) -> int:
-        tensors = self._state.tensors()
-        return sum(tensors[name].nbytes for name in names)
-
     @property
     def _state(self) -> IndexState:
-        if self._held is None:
-            raise ClosedError("expected an open index, got one after close(); load it again")
-        return self._held
-
-    def _writable(self) -> IndexState:
-        state = self._state
-        if self._is_read_only:
-            raise ReadOnlyError(
-                "expected an index in memory, got one that is mapped from its file; "
-                "load it with mmap=False to change it"
-            )
-        return state
-
-    def _accept(self, name: str, array: Array) -> Tensor:
-        """Keys or values [H, S, D] that fit."""
-        tensor, _ = inputs.as_heads(name, array, is_flat=self.is_flat)
-        inputs.expect_like(name, tensor, heads=self.num_heads, dim=self.dim, device=self.device)
-        if tensor.dtype != self.dtype:
-            raise DtypeError(f"{name} must be {self.dtype} as the index, got {tensor.dtype}")
-        is_attended = self._state.has_values
-        largest = inputs.LARGEST_ATTENDED if is_attended else inputs.LARGEST
-        inputs.expect_finite(name, tensor, largest=largest)
-        return tensor
-
-    def _accept_queries(
-        self, queries: Array, group: int, check_finite: bool, *, largest: float = inputs.LARGEST
-    ) -> Tensor:
-        """Queries [H, Q, D] float32 that fit."""
-        tensor, _ = inputs.as_heads("queries", queries, is_flat=self.is_flat)
-        inputs.expect_like(
-            "queries", tensor, heads=self.num_heads, dim=self.dim, device=self.device
-        )
-        expect_group(tensor, group)
-        if check_finite:
-            inputs.expect_finite("queries", tensor, largest=largest)
-        return tensor.float().contiguous()
+        return self._held.readable

@@ -86,13 +86,14 @@ def engine_bytes(engine: DecodeEngine) -> dict[str, int]:
     def of_page(*parts: Tensor) -> int:
         return sum(part[0, 0, 0].numel() * part.element_size() for part in parts)
 
-    ranking = of_page(pages.mean, pages.variance, pages.counts)
+    ranking = of_page(pages.mean, pages.mean_scale, pages.variance, pages.counts)
+    estimating = of_page(pages.value_mean, pages.value_scale)
     codes = of_page(pages.codes, pages.code_scale, pages.page_scale)
     page = of_page(engine.layers[0].pool.pages)
     spans = -(-n // shape.span_pages) if shape.tail == "second" else 0
     steady = shape.sinks + engine.num_tokens - engine.start
     return {
-        "statistics": heads * n * ((layers + early) * ranking + layers * of_page(pages.value_mean)),
+        "statistics": heads * n * ((layers + early) * ranking + layers * estimating),
         "codes": heads * candidates * (layers + early) * codes,
         "scatter": heads * spans * layers * of_page(pages.scatter),
         "pages": heads * most * layers * page,

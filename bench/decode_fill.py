@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from wavekv.config import OffloadConfig
-from wavekv.index import encode_keys, page_statistics
+from wavekv.index import encode_keys
 from wavekv.index.scatter import scatter_by_span
 from wavekv.offload import LayerContext, OffloadRuntime
+from wavekv.offload.builder import rounded_statistics
 from wavekv.offload.device_layer import device_parts
 from wavekv.offload.engine_shape import ROOM_TOKENS
 from wavekv.offload.paged import PagedZone, SegmentPages
@@ -132,7 +133,7 @@ def _random_segment(
     n = length // P
     keys, values = clustered_pages(generator, B * H, n, P, D, like.device, like.dtype)
     counts = torch.full((B * H, n), P, dtype=torch.int32, device=like.device)
-    statistics = page_statistics(keys, values, counts, dtype=like.dtype)
+    statistics = rounded_statistics(keys, values, counts)
     codes = encode_keys(keys, statistics.mean, counts)
     scatter = scatter_by_span(
         keys, values, counts, first_page=zone.num_pages, span_pages=zone.scatter.span_pages

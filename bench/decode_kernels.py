@@ -19,8 +19,9 @@ import torch
 from machine import machine_record
 from torch import Tensor
 
-from wavekv.index import encode_keys, page_scatter, page_statistics
+from wavekv.index import encode_keys, page_scatter
 from wavekv.kernels import cuda
+from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
 from wavekv.kernels.step import (
     StepArena,
     StepPages,
@@ -30,6 +31,7 @@ from wavekv.kernels.step import (
     empty_scratch,
     empty_totals,
 )
+from wavekv.offload.builder import rounded_statistics
 
 KV_HEADS, GROUP, DIM, PAGE, SPAN = 8, 4, 128, 8, 1024
 DTYPE = torch.bfloat16
@@ -49,16 +51,15 @@ def random_pages(num_pages: int, device: torch.device, seed: int = 0) -> tuple[S
         noise = torch.randn(size, generator=random, device=device)
         values = (0.3 * keys.float() + noise).to(DTYPE)
         here = counts[:, first : first + n]
-        statistics = page_statistics(keys, values, here, dtype=DTYPE)
+        statistics = rounded_statistics(keys, values, here)
         codes = encode_keys(keys, statistics.mean, here)
         scatter = page_scatter(keys, values, here).unsqueeze(1)
-        parts.append((*statistics, *codes, scatter))
+        mean = pack_rows(statistics.mean, KEY_BITS)
+        value_mean = pack_rows(statistics.value_mean, VALUE_BITS)
+        parts.append((*mean, statistics.variance, *value_mean, *codes, scatter))
         pages[:, first : first + n] = torch.stack([keys, values], 2)
-    mean, variance, value_mean, code, scale, page_scale, scatter = (
-        torch.cat(part, 1)[None] for part in zip(*parts, strict=True)
-    )
+    summary = [torch.cat(part, 1)[None] for part in zip(*parts, strict=True)]
     ids = torch.arange(KV_HEADS * num_pages, device=device).view(1, KV_HEADS, num_pages)
-    summary = mean, variance, value_mean, code, scale, page_scale, scatter
     return StepPages(counts[None], *summary, ids), pages
 
 
@@ -145,7 +146,7 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
     runs: dict[str, tuple[Callable[[], None], int]] = {
         "score": (
             lambda: cuda.score(query, new, new, one, steady, pages, counters, scratch, shape),
-            KV_HEADS * N * (2 * DIM + 8 + 4 * GROUP),
+            KV_HEADS * N * (DIM + 12 + 4 * GROUP),
         ),
         "rank candidates": (
             lambda: rank(False),
@@ -183,7 +184,7 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
         ),
         "estimate": (
             lambda: cuda.estimate(pages, counters, scratch, shape),
-            KV_HEADS * N * (2 * DIM + 8 * GROUP + 1),
+            KV_HEADS * N * (DIM // 2 + 4 + 8 * GROUP + 1),
         ),
         "merge": (lambda: cuda.merge(counters, scratch, totals, None, shape), 0),
     }

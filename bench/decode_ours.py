@@ -79,6 +79,7 @@ def retrieval(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int)
     """Steps of the engine over a context of its own."""
     start_peak(model)
     runtime = OffloadRuntime(offload_config(args))
+    runtime.is_for_engine = True
     filled = fill_contexts(
         model, runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )
@@ -88,6 +89,7 @@ def retrieval(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int)
 def sweep(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> Iterator[Result]:
     """Retrieval for all wanted pairs of reuse and prefetch, over one filled context."""
     runtime = OffloadRuntime(offload_config(args))
+    runtime.is_for_engine = True
     filled = fill_contexts(
         model, runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )
@@ -148,6 +150,7 @@ def exact(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
     """Exact attention over pages on the host, as the wrapped model does it: eager."""
     start_peak(model)
     cache = OffloadedCache(model.config, offload_config(args, mode="exact", prefetch="none"))
+    cache.runtime.is_for_engine = True
     filled = fill_contexts(
         model, cache.runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )

@@ -11,6 +11,7 @@ from pool_model import UNWRITTEN
 from torch import Tensor
 
 from wavekv.kernels import step_reference
+from wavekv.kernels.means import KEY_BITS, pack_rows
 from wavekv.kernels.step import (
     BIN_SHIFT,
     CANDIDATES,
@@ -24,7 +25,9 @@ from wavekv.kernels.step import (
     empty_scratch,
 )
 
-D = 8
+DIGITS, MOST_HEADS = 3, 8
+"""Seven-bit digits of a log mass, and heads of a group whose digits fit a page's mean."""
+D = DIGITS * MOST_HEADS
 CLOSE = 1e-5
 """Shares are sums in float32: where top_p falls this close to one, either choice is right."""
 
@@ -40,11 +43,27 @@ class Limits(NamedTuple):
     candidates: int = 0
 
 
+def in_digits(log_mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Digits [B, Hkv, n, D] int8 and scale [B, Hkv, n] of log masses [B, Hkv, G, n], and what these
+    hold of them: exactly a float32."""
+    masses = log_mass.mT.double()
+    scale = pack_rows(masses, KEY_BITS)[1].double().unsqueeze(-1)
+    rest, parts = masses / scale, []
+    for _ in range(DIGITS):
+        parts.append(rest.round())
+        rest = 128 * (rest - parts[-1])
+    digits = torch.stack(parts, -1)
+    weights = torch.tensor([128.0**-j for j in range(DIGITS)], dtype=torch.float64)
+    held = ((digits @ weights) * scale).mT.float()
+    padded = torch.nn.functional.pad(digits.flatten(3), (0, D - DIGITS * log_mass.shape[2]))
+    return padded.to(torch.int8), scale.squeeze(-1).float(), held
+
+
 class Selection:
     """The kernels of a step from the scores to the chosen pages, on log masses that are given.
 
-    A head's query is a unit vector, and the mean of a page holds its log mass for each head of the
-    group; of a page without tokens it is -inf for all."""
+    The mean of a page holds the digits of its log mass for each head of the group, which the
+    head's query adds up; of a page without tokens it is -inf for all."""
 
     def __init__(
         self,
@@ -57,10 +76,11 @@ class Selection:
     ) -> None:
         """log_mass: [B, Hkv, G, n]; is_empty: [B, Hkv, n] bool."""
         B, H, G, n = log_mass.shape
-        assert G <= D
+        assert G <= MOST_HEADS
         N = n + spare
         self.ops, self.num_pages, self.limits = ops, n, limits
-        self.log_mass = log_mass.masked_fill(is_empty.unsqueeze(2), -torch.inf)
+        digits, scale, held = in_digits(log_mass.masked_fill(is_empty.unsqueeze(2), 0.0))
+        self.log_mass = held.masked_fill(is_empty.unsqueeze(2), -torch.inf)
         most = min(limits.most, N)
         self.shape = StepShape(
             batch=B,
@@ -85,18 +105,23 @@ class Selection:
         values[WIDE], values[CANDIDATES] = limits.wide or most, limits.candidates
         self.values = values.to(device)
         self.counters = torch.tensor([8, 8, n, 0], dtype=torch.int32, device=device)
-        self.query = torch.eye(D, device=device)[:G].repeat(B, H, 1)
+        weights = torch.tensor([128.0**-j for j in range(DIGITS)])
+        heads = torch.block_diag(*[weights] * MOST_HEADS)[:G]
+        self.query = heads.repeat(B, H, 1).to(device)
         # what is beyond the pages in use, or belongs to an empty one, must not matter
-        mean, counts = torch.full((B, H, N, D), torch.nan), torch.full((B, H, N), 77)
-        masses = torch.nn.functional.pad(log_mass.mT, (0, D - G))
-        mean[:, :, :n] = masses.masked_fill(is_empty.unsqueeze(3), torch.nan)
+        mean = torch.full((B, H, N, D), 77, dtype=torch.int8)
+        mean[:, :, :n] = digits
+        mean_scale, counts = torch.full((B, H, N), torch.nan), torch.full((B, H, N), 77)
+        mean_scale[..., :n] = scale.masked_fill(is_empty, torch.nan)
         counts[..., :n] = (~is_empty).int()
         pages = StepPages(
             counts.int(),
             mean,
+            mean_scale,
             torch.full((B, H, N), torch.nan),
-            mean,
-            torch.zeros(B, H, N, 1, 1, 4, dtype=torch.uint8),
+            torch.zeros(B, H, N, D // 2, dtype=torch.uint8),
+            mean_scale,
+            torch.zeros(B, H, N, D // 8, 1, 4, dtype=torch.uint8),
             torch.zeros(B, H, N, 1, dtype=torch.uint8),
             torch.zeros(B, H, N),
             torch.zeros(B, H, 1, 2, D, D),

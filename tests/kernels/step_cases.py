@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wavekv.index import encode_keys, page_scatter, page_statistics
+from wavekv.index import encode_keys, page_scatter
+from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
 from wavekv.kernels.step import (
     StepArena,
     StepPages,
@@ -20,6 +21,7 @@ from wavekv.kernels.step import (
     empty_scratch,
     empty_totals,
 )
+from wavekv.offload.builder import rounded_statistics
 
 
 @dataclass
@@ -110,7 +112,7 @@ def make_case(
     keys = keys.masked_fill(~held.unsqueeze(-1), torch.nan)
     values = values.masked_fill(~held.unsqueeze(-1), torch.nan)
     flat = [x.flatten(0, 1) for x in (keys, values, counts)]
-    statistics = page_statistics(*flat, dtype=dtype)
+    statistics = rounded_statistics(*flat)
     codes = encode_keys(flat[0], statistics.mean, flat[2])
     spans = -(-N // span_pages)
     scatter = torch.zeros(B * H, spans, 2, D, D)
@@ -119,10 +121,9 @@ def make_case(
         scatter[:, span] = page_scatter(flat[0][:, part], flat[1][:, part], flat[2][:, part])
     # what lies beyond the pages in use, or belongs to an empty one, must not matter
     is_empty = flat[2] <= 0
-    poisoned = [
-        x.masked_fill(is_empty.view(*is_empty.shape, *[1] * (x.dim() - 2)), torch.nan)
-        for x in (statistics.mean, statistics.variance)
-    ]
+    mean, mean_scale = pack_rows(statistics.mean, KEY_BITS)
+    value_mean, value_scale = pack_rows(statistics.value_mean, VALUE_BITS)
+    poisoned = [x.masked_fill(is_empty, torch.nan) for x in (mean_scale, statistics.variance)]
     used_spans = -(-num_pages // span_pages)
     scatter[:, used_spans:] = torch.nan
 
@@ -155,9 +156,11 @@ def make_case(
         StepSteady(steady_keys, steady_values, valid),
         StepPages(
             counts,
+            of_heads(mean),
             of_heads(poisoned[0]),
             of_heads(poisoned[1]),
-            of_heads(statistics.value_mean),
+            of_heads(value_mean),
+            of_heads(value_scale),
             of_heads(codes.codes),
             of_heads(codes.scale),
             of_heads(codes.page_scale),
@@ -168,7 +171,7 @@ def make_case(
         StepArena(addresses, per_chunk, chunks),
         torch.tensor([end, 7, num_pages, start], dtype=torch.int32),
         torch.tensor([least, most, candidates, most], dtype=torch.int32),
-        empty_scratch(shape, torch.float32, target),
+        empty_scratch(shape, dtype, target),
         empty_totals(shape, target),
         keys,
         values,

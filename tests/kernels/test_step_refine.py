@@ -15,6 +15,7 @@ from step_cases import Case, make_case
 from torch import Tensor
 
 from wavekv.kernels import reference, step_reference
+from wavekv.kernels.means import unpack_rows
 from wavekv.kernels.step import CANDIDATES
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
@@ -38,7 +39,8 @@ def of_codes(case: Case, b: int, h: int, page: int) -> tuple[np.ndarray, np.ndar
     count = int(case.pages.counts[b, h, page])
     codes = case.pages.codes[b, h, page].cpu().numpy()
     half = 4 * codes.shape[0]
-    mean = case.pages.mean[b, h, page].cpu().double().numpy()
+    scale = float(case.pages.mean_scale[b, h, page])
+    mean = scale * case.pages.mean[b, h, page].cpu().double().numpy()
     page_scale = float(case.pages.page_scale[b, h, page])
     masses, shifts = np.zeros(G), np.zeros(G)
     for g in range(G):
@@ -89,9 +91,10 @@ def check_refined(ops: ModuleType, case: Case, by_hand: int) -> None:
     c, n = case, int(case.counters[2])
     log_mass, shift, mass, lean, is_candidate = refined(ops, case)
     variance = c.pages.variance[:, :, :n] if c.shape.tail == "second" else None
+    mean = unpack_rows(c.pages.mean, c.pages.mean_scale, c.shape.head_dim, torch.float32)
     moments = reference.score(
         c.query,
-        c.pages.mean[:, :, :n],
+        mean[:, :, :n],
         variance,
         c.pages.counts[:, :, :n],
         scale=c.shape.scale,
@@ -107,7 +110,7 @@ def check_refined(ops: ModuleType, case: Case, by_hand: int) -> None:
         c.query,
         log_mass,
         shift,
-        c.pages.mean[:, :, :n],
+        mean[:, :, :n],
         c.pages.codes[:, :, :n],
         c.pages.code_scale[:, :, :n],
         c.pages.page_scale[:, :, :n],

@@ -36,6 +36,7 @@ class Steps:
 def prefilled(steps: Steps, length: int, padding: int = 0, **chosen: object) -> list[LayerContext]:
     """Contexts of `length` tokens; the first `padding` of the first sequence are none."""
     runtime = OffloadRuntime(OffloadConfig(**(SMALL | chosen)))  # type: ignore[arg-type]
+    runtime.is_for_engine = True
     valid = None
     if padding:
         valid = torch.ones(steps.batch, length, dtype=torch.bool)

@@ -108,11 +108,15 @@ class StepPages(NamedTuple):
     counts: Tensor
     """[B, Hkv, N] int32"""
     mean: Tensor
-    """[B, Hkv, N, D]"""
+    """[B, Hkv, N, D] int8 (`wavekv.kernels.means`)"""
+    mean_scale: Tensor
+    """[B, Hkv, N] float32"""
     variance: Tensor
     """[B, Hkv, N] float32"""
     value_mean: Tensor
-    """[B, Hkv, N, D], finite also where a page is empty."""
+    """[B, Hkv, N, D / 2] uint8, four bits a dimension."""
+    value_scale: Tensor
+    """[B, Hkv, N] float32, finite also where a page is empty."""
     codes: Tensor
     """[B, Hkv, N, W / 8, P, 4] uint8"""
     code_scale: Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wavekv.kernels import reference
+from wavekv.kernels.means import unpack_rows
 from wavekv.kernels.step import (
     AGES,
     ATTEND_TOKENS,
@@ -55,7 +56,7 @@ def score(
         steady.valid[:, slot] = new_valid
     scratch.log_mass[..., :n], scratch.shift[..., :n] = reference.score(
         query,
-        pages.mean[:, :, :n],
+        _mean_keys(pages, n),
         pages.variance[:, :, :n] if shape.tail == "second" else None,
         pages.counts[:, :, :n],
         scale=shape.scale,
@@ -110,7 +111,7 @@ def refine(
         query,
         scratch.log_mass[..., :n],
         scratch.shift[..., :n],
-        pages.mean[:, :, :n],
+        _mean_keys(pages, n),
         pages.codes[:, :, :n],
         pages.code_scale[:, :, :n],
         pages.page_scale[:, :, :n],
@@ -270,6 +271,10 @@ def value_slope(
 
 def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape) -> None:
     n, block = int(counters[PAGES]), shape.estimate_block
+    width = scratch.part_out.shape[3]
+    means = unpack_rows(
+        pages.value_mean[:, :, :n], pages.value_scale[:, :, :n], width, torch.float32
+    )
     for part in range(-(-n // block)):
         c = slice(part * block, min(n, (part + 1) * block))
         is_read = scratch.attended[:, :, c] != 0
@@ -278,7 +283,7 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         span = part * block // shape.span_pages
         out, lse = reference.estimate(
             scratch.log_mass[:, :, c],
-            pages.value_mean[:, :, c],
+            means[:, :, c],
             torch.where(is_read, position, -1),
             scratch.shift[:, :, c] if use_slope else None,
             scratch.slope[:, :, span : span + 1] if use_slope else None,
@@ -306,6 +311,12 @@ def merge(
         out = torch.nn.functional.pad(out, (0, 0, 0, 1))
     weights = lse.softmax(-1).nan_to_num(nan=0.0)
     scratch.out.copy_((weights.unsqueeze(2) @ out).squeeze(2))
+
+
+def _mean_keys(pages: StepPages, n: int) -> Tensor:
+    """Of the first n pages, [B, Hkv, n, D] float32."""
+    codes, scale = pages.mean[:, :, :n], pages.mean_scale[:, :, :n]
+    return unpack_rows(codes, scale, codes.shape[3], torch.float32)
 
 
 def _put_state(

@@ -22,6 +22,7 @@ from wavekv.index import (
     page_statistics,
 )
 from wavekv.index.scatter import scatter_by_span
+from wavekv.kernels.means import KEY_BITS, VALUE_BITS, round_rows
 from wavekv.kvstore import HostArena
 from wavekv.offload.paged import SegmentPages
 
@@ -128,10 +129,19 @@ def form_pages(keys: Tensor, values: Tensor, valid: Tensor | None, page_size: in
         x.gather(1, rows).reshape(R, n, page_size, D) for x in (keys, values)
     )
     counts = _page_counts(valid, R, n, page_size, keys.device)
-    statistics = page_statistics(paged_keys, paged_values, counts, dtype=keys.dtype)
+    statistics = rounded_statistics(paged_keys, paged_values, counts)
     codes = encode_keys(paged_keys, statistics.mean, counts)
     order = order.reshape(R, n, page_size)
     return FormedPages(order, counts, paged_keys, paged_values, statistics, codes)
+
+
+def rounded_statistics(keys: Tensor, values: Tensor, counts: Tensor) -> PageStatistics:
+    """Statistics of pages [R, n, P, D] whose means, in the dtype of the keys, can be packed."""
+    exact = page_statistics(keys, values, counts, dtype=keys.dtype)
+    return exact._replace(
+        mean=round_rows(exact.mean, KEY_BITS),
+        value_mean=round_rows(exact.value_mean, VALUE_BITS),
+    )
 
 
 def build_segment(

@@ -70,7 +70,9 @@ class LayerContext:
             self.steady = SteadyZone(empty, empty.clone())
             arena = runtime.arena(D, keys.dtype, keys.device)
             span_pages = pages_of_span(runtime.config.segment, runtime.config.page_size, D)
-            self.paged = PagedZone(arena, empty, span_pages=span_pages)
+            self.paged = PagedZone(
+                arena, empty, span_pages=span_pages, packs_means=runtime.packs_means(keys.device)
+            )
         self._pending: Future[list[SegmentPages]] | None = None
         self._num_pending = 0
 

@@ -18,6 +18,7 @@ from wavekv.kernels.step import (
     empty_totals,
 )
 from wavekv.offload.context import LayerContext
+from wavekv.offload.packed import PackedRows
 from wavekv.offload.paged import PagedZone
 
 
@@ -114,11 +115,13 @@ class DeviceLayer:
 
 def device_parts(paged: PagedZone) -> tuple[GrowingTensor, ...]:
     """What the device holds of every page, as `StepPages` orders it."""
+    assert isinstance(paged.mean, PackedRows)
+    assert isinstance(paged.value_mean, PackedRows)
     return (
         paged.device_counts,
-        paged.mean,
+        *paged.mean.parts,
         paged.variance,
-        paged.value_mean,
+        *paged.value_mean.parts,
         paged.codes,
         paged.code_scale,
         paged.page_scale,

@@ -11,6 +11,7 @@ from wavekv.errors import CapacityError
 from wavekv.kernels.step import StepShape
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
+from wavekv.offload.packed import PackedRows
 
 ROOM_TOKENS = 8192
 """Tokens that the buffers of an engine have room for; then it is made anew."""
@@ -44,6 +45,8 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     if len(kinds) > 1:
         return "layers differ in heads, tokens, dtype or device"
     config = first.runtime.config
+    if not isinstance(first.paged.mean, PackedRows):
+        return "means are not packed"
     if first.paged.arena.layout.page_bytes % 4:
         return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
     if first.steady.num_local > config.window + 2 * config.append_segment:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wavekv.index import page_scatter
+from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
 from wavekv.kernels.step import PAGES, START, StepArena, StepShape
 from wavekv.offload.builder import form_pages
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
@@ -150,9 +151,9 @@ class Growth:
             part.unflatten(0, (L, B, H))
             for part in (
                 formed.counts,
-                statistics.mean,
+                *pack_rows(statistics.mean, KEY_BITS),
                 statistics.variance,
-                statistics.value_mean,
+                *pack_rows(statistics.value_mean, VALUE_BITS),
                 codes.codes,
                 codes.scale,
                 codes.page_scale,

@@ -15,7 +15,9 @@ from wavekv.growing import GrowingTensor
 from wavekv.index import page_scatter
 from wavekv.index.retrieval import PageSummary
 from wavekv.index.scatter import SpanScatter
+from wavekv.kernels.means import KEY_BITS, VALUE_BITS
 from wavekv.kvstore import HostArena
+from wavekv.offload.packed import PackedRows, growing_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,11 @@ class SegmentPages:
     token_ids: Tensor
     """[B, Hkv, n, P] int32 positions, -1 where a slot holds none, host."""
     mean: Tensor
-    """[B, Hkv, n, D] mean key, device."""
+    """[B, Hkv, n, D] mean key, rounded by `round_rows` to `KEY_BITS`, device."""
     variance: Tensor
     """[B, Hkv, n] float32 variance of the keys, mean over the dimensions, device."""
     value_mean: Tensor
-    """[B, Hkv, n, D] mean value, device."""
+    """[B, Hkv, n, D] mean value, rounded to `VALUE_BITS`, device."""
     codes: Tensor
     """[B, Hkv, n, W / 8, P, 4] uint8 quantised keys, device (see `KeyCodes`)."""
     code_scale: Tensor
@@ -66,9 +68,12 @@ _PARTS = (
 class PagedZone:
     """Pages [B, Hkv, N] of one layer; holds one reference to each in the arena."""
 
-    def __init__(self, arena: HostArena, like: Tensor, *, span_pages: int) -> None:
+    def __init__(
+        self, arena: HostArena, like: Tensor, *, span_pages: int, packs_means: bool
+    ) -> None:
         """like: [B, Hkv, 0, D] gives the shape, device and dtype of the means. span_pages:
-        pages whose within-page scatter is kept as one sum."""
+        pages whose within-page scatter is kept as one sum. packs_means: keep means as small
+        integers, which a decode engine wants."""
         self.arena = arena
         self._building: list[Tensor] = []
         self.segments: list[tuple[int, int]] = []
@@ -79,7 +84,7 @@ class PagedZone:
         self.token_ids = GrowingTensor(torch.empty(*shape, P, dtype=torch.int32), dim=2)
         self.device_counts = GrowingTensor(like.new_empty(shape, dtype=torch.int32), dim=2)
         self.mean, self.value_mean = (
-            GrowingTensor(like.new_empty(*shape, D), dim=2) for _ in range(2)
+            growing_rows(like, bits, is_packed=packs_means) for bits in (KEY_BITS, VALUE_BITS)
         )
         self.variance = GrowingTensor(like.new_empty(shape, dtype=torch.float32), dim=2)
         empty_codes = like.new_empty(*shape, -(-D // 8), P, 4, dtype=torch.uint8)
@@ -104,7 +109,7 @@ class PagedZone:
 
     @property
     def summary(self) -> PageSummary:
-        """What ranks and estimates the pages: views."""
+        """What ranks and estimates the pages: views, but for means that are packed."""
         return PageSummary(
             self.device_counts.view,
             self.mean.view,
@@ -241,7 +246,7 @@ class PagedZone:
     def _pages_until(self, position: int) -> int:
         return max((pages for stop, pages in self.segments if stop <= position), default=0)
 
-    def _parts(self) -> tuple[GrowingTensor, ...]:
+    def _parts(self) -> tuple[GrowingTensor | PackedRows, ...]:
         return tuple(getattr(self, name) for name in _PARTS)
 
 

@@ -11,6 +11,11 @@ from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.reference import VALUE_RIDGE
 from wavekv.kernels.step import SLOPE_ROWS, StepPages, StepScratch, StepShape
 
+_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 _TILE = 64
 _WARPS = 4
 _STAGES = 2
@@ -84,6 +89,7 @@ def _estimate(
     log_mass,
     shift,
     value_mean,
+    value_scale,
     attended,
     slope,
     slope_spread,
@@ -93,7 +99,9 @@ def _estimate(
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
-    DP: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_P: tl.constexpr,
+    DTYPE: tl.constexpr,
     FIRST: tl.constexpr,
     PARTS: tl.constexpr,
     SPANS: tl.constexpr,
@@ -108,12 +116,14 @@ def _estimate(
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_pages = tl.load(counters + 2)
     if block * BLOCK < num_pages:
-        g, d = tl.arange(0, GP), tl.arange(0, DP)
-        is_head, is_dim = g < G, d < D
+        # a byte holds dimension d in its low and HALF + d in its high four bits
+        g, d = tl.arange(0, GP), tl.arange(0, HALF_P)
+        is_head, is_low, is_high = g < G, d < HALF, HALF + d < D
         largest = tl.full([GP], float("-inf"), tl.float32)
         total = tl.zeros([GP], tl.float32)
         lean = tl.zeros([GP], tl.float32)
-        out = tl.zeros([GP, DP], tl.float32)
+        low = tl.zeros([GP, HALF_P], tl.float32)
+        high = tl.zeros([GP, HALF_P], tl.float32)
         for start in range(0, BLOCK, TILE):
             n = block * BLOCK + start + tl.arange(0, TILE)
             is_page = (n < num_pages) & (n < (block + 1) * BLOCK)
@@ -123,25 +133,29 @@ def _estimate(
             # no load waits for another
             mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
             mass = tl.where((is_read == 0)[None, :], mass, float("-inf"))
-            means = tl.load(
-                value_mean + (row * N + n)[:, None] * D + d[None, :],
-                mask=is_page[:, None] & is_dim[None, :],
-                other=0.0,
+            codes = tl.load(
+                value_mean + (row * N + n)[:, None] * HALF + d[None, :],
+                mask=is_page[:, None] & is_low[None, :],
+                other=0,
             )
+            step = tl.load(value_scale + row * N + n, mask=is_page, other=0.0)[:, None]
             new = tl.maximum(largest, tl.max(mass, 1))
             safe = tl.where(new == float("-inf"), 0.0, new)
             fade = tl.exp(largest - safe)
             weights = tl.exp(mass - safe[:, None])
             total = total * fade + tl.sum(weights, 1)
-            out = out * fade[:, None]
-            out += tl.dot(weights.to(means.dtype), means, input_precision=PRECISION)
+            some = weights.to(DTYPE)
+            first = (((codes & 15).to(tl.float32) - 8.0) * step).to(DTYPE)
+            second = (((codes >> 4).to(tl.float32) - 8.0) * step).to(DTYPE)
+            low = low * fade[:, None] + tl.dot(some, first, input_precision=PRECISION)
+            high = high * fade[:, None] + tl.dot(some, second, input_precision=PRECISION)
             if USE_SLOPE:
                 leans = tl.load(shift + at, mask=keep, other=0.0)
                 lean = lean * fade + tl.sum(weights * leans, 1)
             largest = new
+        in_low, in_high = is_head[:, None] & is_low[None, :], is_head[:, None] & is_high[None, :]
         if USE_SLOPE:
             span = (block * BLOCK) // SPAN_PAGES
-            inside = is_head[:, None] & is_dim[None, :]
             at = ((row * G + g) * SPANS + span)[:, None] * D + d[None, :]
             s = tl.arange(0, SPREADS_P)
             spread = tl.load(
@@ -150,26 +164,27 @@ def _estimate(
                 other=0.0,
             )
             lean = lean / tl.maximum(tl.sum(spread, 1), 1.1754943508222875e-38)
-            out += lean[:, None] * tl.load(slope + at, mask=inside, other=0.0)
-        out = out / tl.maximum(total, 1e-30)[:, None]
+            low += lean[:, None] * tl.load(slope + at, mask=in_low, other=0.0)
+            high += lean[:, None] * tl.load(slope + at + HALF, mask=in_high, other=0.0)
+        sure = tl.maximum(total, 1e-30)[:, None]
         lse = tl.where(total > 0.0, largest + tl.log(tl.maximum(total, 1e-30)), float("-inf"))
         to = (row * G + g) * PARTS + FIRST + block
         tl.store(part_lse + to, lse, mask=is_head)
-        tl.store(
-            part_out + to[:, None] * D + d[None, :],
-            out,
-            mask=is_head[:, None] & is_dim[None, :],
-        )
+        at = part_out + to[:, None] * D + d[None, :]
+        tl.store(at, low / sure, mask=in_low)
+        tl.store(at + HALF, high / sure, mask=in_high)
 
 
 def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape) -> None:
     """The states of all pages but the attended ones, as parts of `scratch.part_out`."""
-    is_float32 = pages.value_mean.dtype == torch.float32
+    dtype, half = scratch.out.dtype, pages.value_mean.shape[3]
     options: dict[str, Any] = {
         "G": shape.group,
         "GP": max(16, power_of_two(shape.group)),
         "D": shape.head_dim,
-        "DP": max(16, power_of_two(shape.head_dim)),
+        "HALF": half,
+        "HALF_P": max(16, power_of_two(half)),
+        "DTYPE": _DTYPES[dtype],
         "FIRST": shape.attend_parts,
         "PARTS": scratch.part_lse.shape[2],
         "SPANS": scratch.slope.shape[2],
@@ -179,14 +194,15 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         "BLOCK": shape.estimate_block,
         "TILE": min(max(16, shape.estimate_block), _TILE),
         "USE_SLOPE": shape.tail == "second",
-        "PRECISION": "ieee" if is_float32 else "tf32",
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "num_warps": _WARPS,
         "num_stages": _STAGES,
     }
     launch(
         _estimate,
         (shape.estimate_parts, shape.rows),
-        *(counters, scratch.log_mass, scratch.shift, pages.value_mean, scratch.attended),
+        *(counters, scratch.log_mass, scratch.shift),
+        *(pages.value_mean, pages.value_scale, scratch.attended),
         *(scratch.slope, scratch.slope_spread, scratch.part_out, scratch.part_lse, shape.capacity),
         **options,
     )

@@ -45,6 +45,7 @@ def _score(
     counters,
     counts,
     mean,
+    mean_scale,
     variance,
     steady_keys,
     steady_values,
@@ -116,7 +117,8 @@ def _score(
             mask=is_page[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        x = tl.dot(q.to(means.dtype), tl.trans(means), input_precision=PRECISION) * scale
+        step = tl.load(mean_scale + row * N + n, mask=is_page, other=0.0) * scale
+        x = tl.dot(q, tl.trans(means.to(q.dtype)), input_precision=PRECISION) * step[None, :]
         out = (row * G + g)[:, None] * N + n[None, :]
         keep = is_head[:, None] & is_page[None, :]
         tl.store(mean_logits + out, x, mask=keep)
@@ -145,7 +147,7 @@ def score(
     """Log mass and shift of all pages by their moments, with the softmax statistics of their sum;
     put the new token (if there is one) into the ring. query: [B, Hq, D]; new_keys, new_values: [B,
     Hkv, D]; new_valid: [B] bool."""
-    is_float32 = pages.mean.dtype == torch.float32
+    is_float32 = query.dtype == torch.float32
     options: dict[str, Any] = {
         "SINKS": shape.sinks,
         "RING": shape.ring,
@@ -170,7 +172,7 @@ def score(
         _score,
         (triton.cdiv(shape.capacity, SCORE_BLOCK), shape.rows),
         *(query, new_keys, new_values, new_valid, counters),
-        *(pages.counts, pages.mean, pages.variance),
+        *(pages.counts, pages.mean, pages.mean_scale, pages.variance),
         *(steady.keys, steady.values, steady.valid),
         *(scratch.mean_logits, scratch.log_mass, scratch.shift),
         *(scratch.query_words, scratch.query_step),

@@ -1,0 +1,57 @@
+"""Mean keys in eight bits and mean values in four: rows of small integers times a power of two.
+
+A row is rounded once, when its page is made. From there its floats and its integers are the same
+numbers: seven bits and a power of two fit any float type, so packing and unpacking lose nothing.
+
+Prototype on the bundled model (docs/log.md): keys in eight bits and values in four cost 0.3 % of
+the output error; keys in four bits 6 %, since they rank pages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KEY_BITS, VALUE_BITS = 8, 4
+
+
+def round_rows(rows: Tensor, bits: int) -> Tensor:
+    """Rows [..., D] on the grid of so many bits, in their dtype."""
+    levels, scale = _levels(rows, bits)
+    return (levels * scale.unsqueeze(-1)).to(rows.dtype)
+
+
+def pack_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Integers and scale of rows [..., D]: exactly theirs if they come from `round_rows`.
+
+    Returns int8 [..., D] for eight bits, or uint8 [..., H] for four, H being half of D rounded up:
+    byte i holds dimension i in its low and H + i in its high four bits, each plus 8; and the scale
+    [...] float32.
+    """
+    levels, scale = _levels(rows, bits)
+    if bits == KEY_BITS:
+        return levels.to(torch.int8), scale
+    half = -(-rows.shape[-1] // 2)
+    offset = torch.nn.functional.pad(levels, (0, 2 * half - rows.shape[-1])).to(torch.int16) + 8
+    return (offset[..., :half] + 16 * offset[..., half:]).to(torch.uint8), scale
+
+
+def unpack_rows(codes: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The rows [..., dim] that `pack_rows` was given."""
+    if codes.dtype == torch.uint8:
+        codes = (torch.cat([codes & 15, codes >> 4], -1).to(torch.int8) - 8)[..., :dim]
+    return (codes.float() * scale.unsqueeze(-1)).to(dtype)
+
+
+def _levels(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers [..., D] float32, at most 2^(bits - 1) - 1, and their scale [...] float32: the
+    least power of two that they fit."""
+    most = 2 ** (bits - 1) - 1
+    rows = rows.float()
+    largest = rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
+    mantissa, exponent = torch.frexp(largest / most)
+    # a power of two itself has mantissa one half
+    exponent = exponent - (mantissa == 0.5).int()
+    # below that the scale of a row of nothing would divide by zero
+    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp_min(-120))
+    return (rows / scale.unsqueeze(-1)).round(), scale

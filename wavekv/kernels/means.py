@@ -52,6 +52,6 @@ def _levels(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     mantissa, exponent = torch.frexp(largest / most)
     # a power of two itself has mantissa one half
     exponent = exponent - (mantissa == 0.5).int()
-    # below that the scale of a row of nothing would divide by zero
-    scale = torch.ldexp(torch.ones_like(largest), exponent.clamp_min(-120))
+    # its bits, since devices round powers in their own ways; a row of nothing has some scale too
+    scale = ((exponent.clamp(-120, 127) + 127) << 23).to(torch.int32).view(torch.float32)
     return (rows / scale.unsqueeze(-1)).round(), scale

@@ -48,8 +48,7 @@ def _levels(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     least power of two that they fit."""
     most = 2 ** (bits - 1) - 1
     rows = rows.float()
-    largest = rows.abs().amax(-1) if rows.shape[-1] else rows.new_zeros(rows.shape[:-1])
-    mantissa, exponent = torch.frexp(largest / most)
+    mantissa, exponent = torch.frexp(rows.abs().amax(-1) / most)
     # a power of two itself has mantissa one half
     exponent = exponent - (mantissa == 0.5).int()
     # its bits, since devices round powers in their own ways; a row of nothing has some scale too

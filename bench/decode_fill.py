@@ -165,13 +165,12 @@ def _random_segment(
 def _share_pages(zone: PagedZone, other: PagedZone) -> None:
     """The pages of another layer, with an index of its own over them."""
     zone.arena.retain(other.page_ids.view)
-    summary = other.summary
     pages = SegmentPages(
         start=0,
         length=other.num_tokens,
         page_ids=other.page_ids.view,
         counts=other.counts.view,
-        device_counts=summary.counts,
+        device_counts=other.device_counts.view,
         token_ids=other.token_ids.view,
         mean=other.mean.view,
         variance=other.variance.view,

@@ -49,14 +49,18 @@ class ContextMachine(RuleBasedStateMachine):
         sinks=st.integers(0, 4),
         mode=st.sampled_from(["exact", "retrieval"]),
         tail=st.sampled_from(["none", "first", "second"]),
+        is_for_engine=st.booleans(),
         seed=st.integers(0, 999),
     )
-    def start(self, pads: list[int], sinks: int, mode: str, tail: str, seed: int) -> Pair:
+    def start(
+        self, pads: list[int], sinks: int, mode: str, tail: str, is_for_engine: bool, seed: int
+    ) -> Pair:
         torch.manual_seed(seed)
         tokens = Tokens.random(len(pads), HEADS, 0)
         context = new_context(
             tokens,
             self.device,
+            is_for_engine=is_for_engine,
             num_sink_tokens=sinks,
             mode=mode,
             tail_estimate=tail,

@@ -308,6 +308,15 @@ def test_host_budget_runs_out_between_steps() -> None:
     assert all(context.num_tokens == length for context in taken)
 
 
+def test_contexts_that_keep_means_as_floats_are_refused() -> None:
+    token = Steps(0).token()
+    runtime = OffloadRuntime(OffloadConfig(**SMALL))
+    plain = [LayerContext(runtime, *each[1:]) for each in token]
+    for context, each in zip(plain, token, strict=True):
+        context.attend(*each, None, LOGITS)
+    assert engine_refusal(plain) == "means are not packed"
+
+
 def test_refusals() -> None:
     steps = Steps(5)
     contexts = prefilled(steps, 100)

@@ -110,11 +110,11 @@ class StepPages(NamedTuple):
     mean: Tensor
     """[B, Hkv, N, D] int8 (`wavekv.kernels.means`)"""
     mean_scale: Tensor
-    """[B, Hkv, N] float32"""
+    """[B, Hkv, N] float32, of an empty page anything."""
     variance: Tensor
     """[B, Hkv, N] float32"""
     value_mean: Tensor
-    """[B, Hkv, N, D / 2] uint8, four bits a dimension."""
+    """[B, Hkv, N, D / 2 rounded up] uint8, four bits a dimension."""
     value_scale: Tensor
     """[B, Hkv, N] float32, finite also where a page is empty."""
     codes: Tensor

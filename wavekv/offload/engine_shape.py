@@ -36,6 +36,7 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     kinds = {
         (
             *(context.shape, context.paged.arena, context.paged.num_pages),
+            type(context.paged.mean),
             *(context.steady.start, context.steady.end, context.steady.num_sink_slots),
             *(query.shape, query.dtype, query.device),
         )
@@ -43,7 +44,7 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
         if query is not None
     }
     if len(kinds) > 1:
-        return "layers differ in heads, tokens, dtype or device"
+        return "layers differ in heads, tokens, dtype, device or form"
     config = first.runtime.config
     if not isinstance(first.paged.mean, PackedRows):
         return "means are not packed"

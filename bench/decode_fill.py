@@ -128,11 +128,11 @@ def _fill_pages(zone: PagedZone, num_tokens: int, segment: int, generator: torch
 def _random_segment(
     zone: PagedZone, start: int, length: int, generator: torch.Generator
 ) -> SegmentPages:
-    like, P = zone.mean.view, zone.arena.layout.page_size
-    B, H, _, D = like.shape
+    layout, held = zone.arena.layout, zone.device_counts.view
+    (B, H, _), device, P, D = held.shape, held.device, layout.page_size, layout.head_dim
     n = length // P
-    keys, values = clustered_pages(generator, B * H, n, P, D, like.device, like.dtype)
-    counts = torch.full((B * H, n), P, dtype=torch.int32, device=like.device)
+    keys, values = clustered_pages(generator, B * H, n, P, D, device, layout.dtype)
+    counts = torch.full((B * H, n), P, dtype=torch.int32, device=device)
     statistics = rounded_statistics(keys, values, counts)
     codes = encode_keys(keys, statistics.mean, counts)
     scatter = scatter_by_span(

@@ -77,12 +77,14 @@ def offload_config(args: Namespace, **changes: Any) -> OffloadConfig:
 
 def retrieval(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> Result:
     """Steps of the engine over a context of its own."""
-    start_peak(model)
     runtime = OffloadRuntime(offload_config(args))
     runtime.is_for_engine = True
     filled = fill_contexts(
         model, runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )
+    # filling takes memory that decoding does not
+    release_memory()
+    start_peak(model)
     return retrieval_steps(args, model, filled, tokens, batch)
 
 

@@ -93,6 +93,17 @@ def test_a_forward_that_somebody_put_there_stays(calls: list[str]) -> None:
     assert norm.forward is own
 
 
+def test_entered_twice(calls: list[str]) -> None:
+    model = make_model("llama")
+    expected = logits_of(model)
+    with fused_parts(model) as outer, fused_parts(model) as inner:
+        assert outer > inner == 0
+        assert torch.equal(logits_of(model), expected)
+    calls.clear()
+    assert torch.equal(logits_of(model), expected)
+    assert not calls
+
+
 def test_parts_are_as_they_were_after_an_error(calls: list[str]) -> None:
     model = make_model("llama")
     file = sys.modules[type(model).__module__]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Lock
+from threading import RLock
 from types import MethodType, ModuleType
 from typing import Any
 
@@ -22,7 +22,7 @@ _KINDS = "RMSNorm", "MLP"
 _ROTATE = "apply_rotary_pos_emb"
 _MOST_SHAPES = 64
 """Batch sizes (times shapes of norms) that are compiled; beyond it parts run as they are."""
-_ONE_AT_A_TIME = Lock()
+_ONE_AT_A_TIME = RLock()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 from wavekv.errors import LayoutError
 from wavekv.offload import LayerContext, Logits
 from wavekv.offload.budget import page_limits
+from wavekv.offload.packed import PackedRows
 
 TAILS = ["none", "first", "second"]
 
@@ -85,7 +86,8 @@ def test_half_precision_is_close_to_full_attention(device, dtype, count, softcap
 @pytest.mark.parametrize("count", [1, 6])
 def test_the_order_of_pages_does_not_matter(device, tail: str, mode: str, count: int) -> None:
     tokens = padded(2, 2, 310, [0, 40])
-    context = new_context(tokens, device, mode=mode, budget=12, tail_estimate=tail)
+    settings = {"mode": mode, "budget": 12, "tail_estimate": tail}
+    context = new_context(tokens, device, is_for_engine=mode == "retrieval", **settings)
     prefill(context, tokens.between(0, 310 - count))
     shuffled = context.fork(context.runtime)
     # anywhere within their span, and the two whole spans trade places
@@ -96,7 +98,8 @@ def test_the_order_of_pages_does_not_matter(device, tail: str, mode: str, count:
     spans = shuffled.paged.scatter.spans.view
     spans.copy_(spans[:, :, [1, 0, 2]])
     for part in shuffled.paged._parts():
-        part.view.copy_(part.view[:, :, order.to(part.view.device)])
+        for rows in part.parts if isinstance(part, PackedRows) else [part]:
+            rows.view.copy_(rows.view[:, :, order.to(rows.view.device)])
     new = tokens.between(310 - count, 310)
     outs = []
     for one in (context, shuffled):

@@ -33,6 +33,8 @@ AGES = 256
 SAMPLE, SAMPLED_PAGES = 4, 8192
 """Where a KV head has so many pages, every fourth tells where the candidates begin."""
 
+MANY_PAGES = 32768
+"""Pages of a KV head from which parts of the estimate are twice as large."""
 COUNT_BLOCK = 1024
 """Pages of which those above a threshold are collected together."""
 SLOPE_ROWS = 32
@@ -76,8 +78,9 @@ class StepShape:
 
     @property
     def estimate_block(self) -> int:
-        """Pages whose estimate is one part: inside one span."""
-        return min(256, self.span_pages & -self.span_pages)
+        """Pages whose estimate is one part: inside one span. Few parts are fewer states to merge,
+        many keep a GPU busy."""
+        return min(512 if self.capacity >= MANY_PAGES else 256, self.span_pages & -self.span_pages)
 
     @property
     def attend_pages(self) -> int:

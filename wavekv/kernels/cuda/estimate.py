@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavekv.kernels.cuda.launch import launch, power_of_two
+from wavekv.kernels.cuda.integers import nibble_floats
+from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
 from wavekv.kernels.reference import VALUE_RIDGE
 from wavekv.kernels.step import SLOPE_ROWS, StepPages, StepScratch, StepShape
 
@@ -17,8 +18,10 @@ _DTYPES = {
     torch.float16: tl.float16,
 }
 _TILE = 64
-_WARPS = 4
-_STAGES = 2
+_SMALL_TILE = 128
+"""Bytes of floats that half a mean value makes, up to which two warps are enough for a tile."""
+_REGISTERS = 128
+"""With more, too few of these programs share a multiprocessor to hide how long memory takes."""
 
 
 @triton.jit
@@ -112,6 +115,7 @@ def _estimate(
     TILE: tl.constexpr,
     USE_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_pages = tl.load(counters + 2)
@@ -138,15 +142,20 @@ def _estimate(
                 mask=is_page[:, None] & is_low[None, :],
                 other=0,
             )
-            step = tl.load(value_scale + row * N + n, mask=is_page, other=0.0)[:, None]
+            step = tl.load(value_scale + row * N + n, mask=is_page, other=0.0)
             new = tl.maximum(largest, tl.max(mass, 1))
             safe = tl.where(new == float("-inf"), 0.0, new)
             fade = tl.exp(largest - safe)
             weights = tl.exp(mass - safe[:, None])
             total = total * fade + tl.sum(weights, 1)
-            some = weights.to(DTYPE)
-            first = (((codes & 15).to(tl.float32) - 8.0) * step).to(DTYPE)
-            second = (((codes >> 4).to(tl.float32) - 8.0) * step).to(DTYPE)
+            first, second = nibble_floats(codes, DTYPE, HARDWARE)
+            if tl.float16 == DTYPE:
+                # which has no room for small weights times small steps
+                some = weights.to(DTYPE)
+                first *= step.to(DTYPE)[:, None]
+                second *= step.to(DTYPE)[:, None]
+            else:
+                some = (weights * step[None, :]).to(DTYPE)
             low = low * fade[:, None] + tl.dot(some, first, input_precision=PRECISION)
             high = high * fade[:, None] + tl.dot(some, second, input_precision=PRECISION)
             if USE_SLOPE:
@@ -178,12 +187,14 @@ def _estimate(
 def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape) -> None:
     """The states of all pages but the attended ones, as parts of `scratch.part_out`."""
     dtype, half = scratch.out.dtype, pages.value_mean.shape[3]
+    half_p = max(16, power_of_two(half))
+    is_small = half_p * dtype.itemsize <= _SMALL_TILE
     options: dict[str, Any] = {
         "G": shape.group,
         "GP": max(16, power_of_two(shape.group)),
         "D": shape.head_dim,
         "HALF": half,
-        "HALF_P": max(16, power_of_two(half)),
+        "HALF_P": half_p,
         "DTYPE": _DTYPES[dtype],
         "FIRST": shape.attend_parts,
         "PARTS": scratch.part_lse.shape[2],
@@ -195,8 +206,10 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         "TILE": min(max(16, shape.estimate_block), _TILE),
         "USE_SLOPE": shape.tail == "second",
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": _WARPS,
-        "num_stages": _STAGES,
+        "HARDWARE": uses_hardware(scratch.out),
+        "num_warps": 2 if is_small else 4,
+        "num_stages": 1,
+        "maxnreg": _REGISTERS if is_small else None,
     }
     launch(
         _estimate,

@@ -5,6 +5,19 @@ import triton.language as tl
 
 
 @triton.jit
+def _log(x, HARDWARE: tl.constexpr):
+    """The logarithm of numbers from one on, good to 2e-7."""
+    if HARDWARE:
+        log2 = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        out = log2 * 0.6931471805599453
+    else:
+        out = tl.log(x)
+    return out
+
+
+@triton.jit
 def moments(
     x,
     query_square,
@@ -13,24 +26,26 @@ def moments(
     softcap,
     USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """log_mass and shift [G, n] from mean logits x [G, n], |q|^2 [G], variance [n], count [n]."""
-    log_count = tl.log(tl.maximum(count, 1).to(tl.float32))[None, :]
-    bend = x * 0.0 + 1.0
+    log_count = _log(tl.maximum(count, 1).to(tl.float32), HARDWARE)
+    bend = 1.0
     if SOFTCAP:
         capped = 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0
         x = softcap * capped
         bend = 1.0 - capped * capped
-    log_mass = log_count + x
+    log_mass = log_count[None, :] + x
     shift = x * 0.0
     if USE_VARIANCE:
-        uncapped = query_square[:, None] * variance[None, :] * bend
-        spread = uncapped * bend
-        is_frozen = spread > 2.0 * log_count
-        ratio = tl.sqrt(2.0 * log_count / tl.maximum(spread, 1e-30))
-        frozen = tl.sqrt(2.0 * log_count * spread) - log_count
-        log_mass += tl.where(is_frozen, frozen, 0.5 * spread)
-        shift = uncapped * tl.where(is_frozen, ratio, 1.0)
+        # roots of each factor, so that no root is taken for each head and page
+        deviation = tl.sqrt(query_square)[:, None] * tl.sqrt(variance)[None, :]
+        spread = deviation * bend
+        # no key lies further out than one of so many may: there the mass grows as that key's
+        furthest = tl.sqrt(2.0 * log_count)[None, :]
+        reach = tl.minimum(spread, furthest)
+        log_mass += reach * (spread - 0.5 * reach)
+        shift = deviation * reach
     is_empty = (count <= 0)[None, :]
     return tl.where(is_empty, float("-inf"), log_mass), tl.where(is_empty, 0.0, shift)
 
@@ -41,11 +56,3 @@ def softmax_sum(values):
     largest = tl.max(values, 1)
     safe = tl.where(largest == float("-inf"), 0.0, largest)
     return largest, tl.sum(tl.exp(values - safe[:, None]), 1)
-
-
-@triton.jit
-def merged_sum(largest, total, more_largest, more_total):
-    """Join two pairs as from `softmax_sum`."""
-    both = tl.maximum(largest, more_largest)
-    safe = tl.where(both == float("-inf"), 0.0, both)
-    return both, total * tl.exp(largest - safe) + more_total * tl.exp(more_largest - safe)

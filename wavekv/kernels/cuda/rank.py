@@ -80,7 +80,7 @@ def _rank(
         if PART == 0:
             # a mean hides the key that stands out: the shift says how far one may
             mass += tl.load(shift + at, mask=keep, other=0.0)
-        share = tl.exp(mass - largest[:, None]) / tl.maximum(total, 1e-30)[:, None]
+        share = tl.exp(mass - largest[:, None]) * (1.0 / tl.maximum(total, 1e-30))[:, None]
         share = tl.sum(tl.where(keep, share, 0.0), 0)
         is_alive = is_page & (tl.max(mass, 0) > float("-inf"))
         bits = tl.where(is_alive, share.to(tl.int32, bitcast=True), -1)

@@ -7,10 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavekv.kernels.cuda.launch import launch, power_of_two
+from wavekv.kernels.cuda.integers import signed_floats
+from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
 from wavekv.kernels.cuda.moments import moments, softmax_sum
 from wavekv.kernels.step import NUM_BINS, SCORE_BLOCK, StepPages, StepScratch, StepShape, StepSteady
 
+_HEADS = 8
+"""The least number of query heads in a product."""
 _WARPS = 4
 
 
@@ -78,18 +81,12 @@ def _score(
     USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    HARDWARE: tl.constexpr,
     APPEND: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     g, d = tl.arange(0, GP), tl.arange(0, DP)
-    is_head = g < G
-    q = tl.load(
-        query + (row * G + g)[:, None] * D + d[None, :],
-        mask=is_head[:, None] & (d < D)[None, :],
-        other=0.0,
-    )
-    qf = q.to(tl.float32) * scale
-    square = tl.sum(qf * qf, 1)
+    is_head, in_head = g < G, (g < G)[:, None] & (d < D)[None, :]
     num_pages = tl.load(counters + 2)
     if block == 0:
         # the first block of each row also does what has to be done once
@@ -110,21 +107,26 @@ def _score(
                 is_valid = tl.load(new_valid + row // H)
                 tl.store(steady_valid + (row // H) * (SINKS + RING) + SINKS + end % RING, is_valid)
     if block * BLOCK < num_pages:
+        q = tl.load(query + (row * G + g)[:, None] * D + d[None, :], mask=in_head, other=0.0)
+        scaled = q.to(tl.float32) * scale
+        square = tl.sum(scaled * scaled, 1)
         n = block * BLOCK + tl.arange(0, BLOCK)
         is_page = n < num_pages
         means = tl.load(
             mean + (row * N + n)[:, None] * D + d[None, :],
             mask=is_page[:, None] & (d < D)[None, :],
-            other=0.0,
+            other=0,
         )
         step = tl.load(mean_scale + row * N + n, mask=is_page, other=0.0) * scale
-        x = tl.dot(q, tl.trans(means.to(q.dtype)), input_precision=PRECISION) * step[None, :]
+        count = tl.load(counts + row * N + n, mask=is_page, other=0)
+        spread = tl.load(variance + row * N + n, mask=is_page, other=0.0)
+        means = signed_floats(means, q.dtype, HARDWARE)
+        x = tl.dot(means, tl.trans(q), input_precision=PRECISION)
+        x = tl.trans(x) * step[None, :]
+        mass, lean = moments(x, square, spread, count, softcap, USE_VARIANCE, SOFTCAP, HARDWARE)
         out = (row * G + g)[:, None] * N + n[None, :]
         keep = is_head[:, None] & is_page[None, :]
         tl.store(mean_logits + out, x, mask=keep)
-        count = tl.load(counts + row * N + n, mask=is_page, other=0)
-        spread = tl.load(variance + row * N + n, mask=is_page, other=0.0)
-        mass, lean = moments(x, square, spread, count, softcap, USE_VARIANCE, SOFTCAP)
         tl.store(log_mass + out, mass, mask=keep)
         tl.store(shift + out, lean, mask=keep)
         largest, total = softmax_sum(tl.where(is_page[None, :], mass + lean, float("-inf")))
@@ -153,7 +155,7 @@ def score(
         "RING": shape.ring,
         "H": shape.kv_heads,
         "G": shape.group,
-        "GP": max(16, power_of_two(shape.group)),
+        "GP": max(_HEADS, power_of_two(shape.group)),
         "D": shape.head_dim,
         "DP": max(16, power_of_two(shape.head_dim)),
         "ROWS": shape.rows,
@@ -165,6 +167,7 @@ def score(
         "USE_VARIANCE": shape.tail == "second",
         "SOFTCAP": shape.softcap is not None,
         "PRECISION": "ieee" if is_float32 else "tf32",
+        "HARDWARE": uses_hardware(query),
         "APPEND": new_keys is not None,
         "num_warps": _WARPS,
     }

@@ -33,12 +33,12 @@ AGES = 256
 SAMPLE, SAMPLED_PAGES = 4, 8192
 """Where a KV head has so many pages, every fourth tells where the candidates begin."""
 
-MANY_PAGES = 32768
-"""Pages of a KV head from which parts of the estimate are twice as large."""
 COUNT_BLOCK = 1024
 """Pages of which those above a threshold are collected together."""
 SLOPE_ROWS = 32
 """Rows of the scatter that one program reads."""
+MANY_PAGES = 32768
+"""Pages of a KV head from which parts of the estimate are twice as large."""
 ATTEND_TOKENS = 64
 """Tokens of the steady zone in one part of the split attention."""
 

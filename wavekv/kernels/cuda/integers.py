@@ -59,7 +59,11 @@ def signed_floats(codes, DTYPE: tl.constexpr, HARDWARE: tl.constexpr):
 
 @triton.jit
 def nibble_floats(codes, DTYPE: tl.constexpr, HARDWARE: tl.constexpr):
-    """The low and the high four bits of uint8 codes, each less 8, as floats."""
+    """The low and the high four bits of uint8 codes, each less 8, as floats.
+
+    Not pure for Triton: what is pure it moves behind a change of layout, where each byte comes by
+    itself.
+    """
     if HARDWARE and tl.bfloat16 == DTYPE:
         # 128 + four bits, less 136
         low, high = tl.inline_asm_elementwise(

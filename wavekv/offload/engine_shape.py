@@ -86,6 +86,7 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
         scale=1.0,
         top_p=config.top_p,
         tail=config.tail_estimate,
+        codec=paged.arena.layout.codec,
         is_wide=config.prefetch == "runners-up",
     )
 
@@ -96,7 +97,7 @@ def _num_slots(contexts: Sequence[LayerContext], most: int, device: torch.device
     size = parse_size("device_budget", contexts[0].runtime.config.device_budget)
     if isinstance(size, float):
         size = int(size * _free_memory(device))
-    slot_bytes = contexts[0].paged.arena.layout.page_bytes * B * H * len(contexts)
+    slot_bytes = contexts[0].paged.arena.layout.dense_bytes * B * H * len(contexts)
     slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
     if slots < most:
         raise CapacityError(

@@ -91,20 +91,16 @@ def _fetch(
 
 
 @triton.jit
-def _decode_half(
+def _load_half(
     page,
-    pages,
-    target,
     unit,
     START: tl.constexpr,
     R: tl.constexpr,
     RP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    P: tl.constexpr,
-    BITS: tl.constexpr,
 ):
-    """Keys or values of a page of small integers whose codes begin at byte START, to a slot."""
+    """Codes [RP, DP], offsets and steps [DP] of the keys or values that begin at byte START."""
     r, d = tl.arange(0, RP), tl.arange(0, DP)
     codes = page + START + r[:, None] * D + d[None, :]
     codes = tl.load(codes, mask=(r < R)[:, None] & (d < D)[None, :], other=0)
@@ -112,15 +108,35 @@ def _decode_half(
     offset = tl.load(behind.to(tl.pointer_type(tl.int8)) + d, mask=d < D, other=0)
     step = tl.load(behind + D + d, mask=d < D, other=0)
     units = page.to(tl.pointer_type(tl.float32)) + unit
-    offset = offset.to(tl.float32) * tl.load(units)
-    step = step.to(tl.float32) * tl.load(units + 1)
+    return codes, offset, step, tl.load(units), tl.load(units + 1)
+
+
+@triton.jit
+def _store_half(
+    codes,
+    offset,
+    step,
+    offset_unit,
+    step_unit,
+    slot,
+    R: tl.constexpr,
+    RP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    P: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Write them as numbers to a slot."""
+    r, d = tl.arange(0, RP), tl.arange(0, DP)
+    offset = offset.to(tl.float32) * offset_unit
+    step = step.to(tl.float32) * step_unit
     for k in tl.static_range(8 // BITS):
         token = r + k * R
         numbers = ((codes >> (k * BITS)) & ((1 << BITS) - 1)).to(tl.float32)
         numbers = numbers * step[None, :] + offset[None, :]
-        to = pages + target + token[:, None] * D + d[None, :]
         is_number = ((r < R) & (token < P))[:, None] & (d < D)[None, :]
-        tl.store(to, numbers.to(pages.dtype.element_ty), mask=is_number)
+        to = slot + token[:, None] * D + d[None, :]
+        tl.store(to, numbers.to(slot.dtype.element_ty), mask=is_number)
 
 
 @triton.jit
@@ -159,11 +175,20 @@ def _fetch_coded(
             i, missing, behind, num, victims, wanted, chunks, per_chunk, S, X, PAGE_BYTES, 2 * P * D
         )
         page = tl.multiple_of(source.to(tl.pointer_type(tl.uint8)), 16)
-        target = tl.multiple_of(target, 2 * P * D)
-        _decode_half(page, pages, target, 0, KEYS, KEY_ROWS, KEY_ROWS_P, D, DP, P, KEY_BITS)
-        _decode_half(
-            page, pages, target + P * D, 2, VALUES, VALUE_ROWS, VALUE_ROWS_P, D, DP, P, VALUE_BITS
+        slot = pages + tl.multiple_of(target, 2 * P * D)
+        # all is on its way before anything is waited for
+        codes, offset, step, offset_unit, step_unit = _load_half(
+            page, 0, KEYS, KEY_ROWS, KEY_ROWS_P, D, DP
         )
+        v_codes, v_offset, v_step, v_offset_unit, v_step_unit = _load_half(
+            page, 2, VALUES, VALUE_ROWS, VALUE_ROWS_P, D, DP
+        )
+        # fmt: off
+        _store_half(codes, offset, step, offset_unit, step_unit, slot,
+                    KEY_ROWS, KEY_ROWS_P, D, DP, P, KEY_BITS)
+        _store_half(v_codes, v_offset, v_step, v_offset_unit, v_step_unit, slot + P * D,
+                    VALUE_ROWS, VALUE_ROWS_P, D, DP, P, VALUE_BITS)
+        # fmt: on
         i += PROGRAMS
 
 

@@ -100,11 +100,13 @@ def _quantised(x: Tensor, held: Tensor, bits: int) -> tuple[Tensor, Tensor, Tens
     largest = torch.where(held, x, -torch.inf).amax(1)
     is_empty = ~held.any(1)
     least, largest = least.masked_fill(is_empty, 0.0), largest.masked_fill(is_empty, 0.0)
-    unit = _unit(least.abs().amax(1, keepdim=True) / 127)
+    # products, not quotients by a number, which a GPU rounds in its own way: bytes are the same
+    # wherever they are made
+    unit = _unit(least.abs().amax(1, keepdim=True) * (1 / 127))
     offset = (least / unit).floor().clamp(-128, 127)
     least = offset * unit
-    step = (largest - least) / most
-    step_unit = _unit(step.amax(1, keepdim=True) / 255)
+    step = (largest - least) * (1 / most)
+    step_unit = _unit(step.amax(1, keepdim=True) * (1 / 255))
     steps = (step / step_unit).ceil().clamp(0, 255)
     step = (steps * step_unit).unsqueeze(1)
     # a channel of equal numbers may have no range at all

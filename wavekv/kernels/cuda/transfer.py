@@ -18,7 +18,7 @@ _FETCHERS = 48
 to other kernels."""
 _PROGRAMS, _ROWS = 48, 4
 """Of a store: programs, and pages that each has on the way at once."""
-_CODED_PROGRAMS = 80
+_CODED_PROGRAMS = 112
 """Of a fetch of pages of small integers, which are smaller."""
 
 

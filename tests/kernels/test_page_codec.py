@@ -73,22 +73,6 @@ def test_what_no_token_is_in_changes_nothing(codec, seed: int) -> None:
             assert ((decoded[half, :count] - held).abs() <= 1.0001 * most).all()
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_numbers_of_a_grid_come_back_exactly(bits: int) -> None:
-    """Offsets and steps that are whole numbers of their units lose nothing."""
-    codec = PageCodec(8, 16, bits, bits)
-    most = 2**bits - 1
-    random = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, most + 1, (3, 2, 8, 16), generator=random)
-    codes[:, :, 0], codes[:, :, 1] = 0, most
-    offset = torch.randint(-127, 128, (3, 2, 1, 16), generator=random)
-    offset[..., 0] = 127
-    step = torch.randint(1, 256, (3, 2, 1, 16), generator=random)
-    step[..., 1] = 255
-    pages = (offset * 0.5 + step * 0.25 * codes).float()
-    assert torch.equal(decode_pages(encode_pages(pages, None, codec), codec, torch.float32), pages)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_equal_tokens_and_zeros_are_close_to_themselves(dtype: torch.dtype) -> None:
     codec = PageCodec(8, 64, 4, 2)

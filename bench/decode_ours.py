@@ -168,6 +168,18 @@ def exact(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
     filled = fill_contexts(
         model, cache.runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )
+    return exact_steps(model, cache, filled, tokens, batch)
+
+
+def exact_steps(
+    model: LlamaForCausalLM,
+    cache: OffloadedCache,
+    filled: FilledContexts,
+    tokens: int,
+    batch: int,
+    repeats: int = EXACT_REPEATS,
+) -> Result:
+    """Time exact steps over a filled context; `cache` is empty, and of its runtime."""
     for layer, context in zip(cache.offloaded_layers, filled.layers, strict=True):
         layer.lazy_initialization(context.steady.keys.view, context.steady.values.view)
         layer._context = context
@@ -181,7 +193,7 @@ def exact(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
         token_ids.copy_(logits.argmax(-1))
         return token_ids[:, 0].tolist()
 
-    times = time_steps(step, warmup=1, repeats=EXACT_REPEATS, device=model.device)
+    times = time_steps(step, warmup=1, repeats=repeats, device=model.device)
     moved = filled.num_pages * filled.page_bytes
     held = sum(context.paged.statistics_nbytes for context in filled.layers)
     return Result.of_times(

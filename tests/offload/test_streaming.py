@@ -7,8 +7,9 @@ import torch
 from offload_cases import D, Tokens, feed, new_context, plain_attention, prefill
 from torch import Tensor
 
-from wavekv.offload import LayerContext, transfer
-from wavekv.offload.transfer import fetch_pages, stream_pages
+from wavekv.offload import LayerContext, streaming
+from wavekv.offload.streaming import stream_pages
+from wavekv.offload.transfer import fetch_pages
 
 
 def prefilled(device: torch.device, count: int = 300, pads: tuple[int, ...] = (0, 37)):
@@ -23,7 +24,7 @@ def block_pages(monkeypatch: pytest.MonkeyPatch, context: LayerContext, pages: i
     """Let a block hold so many pages of each head."""
     B, H, _ = context.shape
     page_bytes = context.paged.arena.layout.page_bytes
-    monkeypatch.setattr(transfer, "BLOCK_BYTES", B * H * page_bytes * pages)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", B * H * page_bytes * pages)
 
 
 def rows(keys: Tensor, values: Tensor, valid: Tensor) -> set[tuple[float, ...]]:
@@ -103,7 +104,7 @@ def test_a_stream_holds_two_blocks_however_far_the_host_is_ahead(monkeypatch) ->
     device = torch.device("cuda:0")
     context, _ = prefilled(device, count=3000)
     block_pages(monkeypatch, context, 4)
-    block_bytes = transfer.BLOCK_BYTES
+    block_bytes = streaming.BLOCK_BYTES
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -174,6 +174,23 @@ class HostArena:
                 out[rows] = chunk[slots]
         return out
 
+    def runs(self, ids: Tensor) -> list[tuple[int, Tensor]]:
+        """The pages of ids [n] where they lie: stretches of consecutive ids within a chunk, each as
+        its first position in `ids` and a view [m, 2, P, D] of the chunk."""
+        pages = ids.numpy()
+        if not len(pages):
+            return []
+        begins = (np.diff(pages) != 1) | (pages[1:] % self.pages_per_chunk == 0)
+        starts = np.concatenate([[0], np.flatnonzero(begins) + 1])
+        lengths = np.diff(starts, append=len(pages))
+        where, slots = np.divmod(pages[starts], self.pages_per_chunk)
+        return [
+            (start, self.chunks[chunk][slot : slot + length])
+            for start, length, chunk, slot in zip(
+                *(x.tolist() for x in (starts, lengths, where, slots)), strict=True
+            )
+        ]
+
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each page is either free or referenced."""
         self._collect()

@@ -184,3 +184,26 @@ def test_the_thread_holds_no_arena_and_ends_with_it(monkeypatch) -> None:
     gate.release()
     until(lambda: not threads())
     assert not begun.acquire(blocking=False)
+
+
+def test_what_steps_will_need_is_ordered_where_it_takes_time(monkeypatch) -> None:
+    one = make_arena(budget_pages=40)
+    one.order_ahead(5)
+    assert one.budget.used == 0
+    monkeypatch.setattr(one, "pin", True)  # its chunks are not, in this test
+    one.order_ahead(5)
+    assert one.budget.used == 5 * PAGE
+    for _ in range(4):
+        one.allocate(5)
+        one.order_ahead(5)  # always one ahead, however often
+    assert one.budget.used == 25 * PAGE
+    one.order_ahead(1000)  # does not fit, and is no error
+    assert one.budget.used == 25 * PAGE
+
+
+@pytest.mark.gpu
+def test_chunks_made_ahead_are_pinned() -> None:
+    one = HostArena(LAYOUT, MemoryBudget(1 << 20), pin=True, chunk_bytes=5 * PAGE)
+    one.order(12)
+    one.allocate(12)
+    assert all(chunk.is_pinned() for chunk in one.chunks)

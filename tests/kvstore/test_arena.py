@@ -212,3 +212,27 @@ def test_pages_come_from_and_go_to_a_device(device, dtype: torch.dtype, shuffled
     assert torch.equal(arena.read(ids), pages.cpu())
     staging = torch.empty(13, *layout.page_shape, dtype=dtype)
     assert torch.equal(arena.read(ids.flip(0), out=staging), pages.flip(0).cpu())
+
+
+@given(
+    chunk=st.integers(1, 6), ids=st.lists(st.integers(0, 23), max_size=24), ordered=st.booleans()
+)
+def test_runs_are_the_pages_in_order(chunk: int, ids: list[int], ordered: bool) -> None:
+    arena = make_arena(chunk)
+    all_ids = arena.allocate(24)
+    pages = torch.randn(24, *LAYOUT.page_shape)
+    arena.write(all_ids, pages)
+    wanted = torch.tensor(sorted(set(ids)) if ordered else ids, dtype=torch.int64)
+    position = 0
+    for start, run in arena.runs(wanted):
+        assert start == position
+        assert torch.equal(run, pages[wanted[start : start + len(run)]])
+        position += len(run)
+    assert position == len(wanted)
+
+
+def test_pages_allocated_at_once_are_a_run_in_each_chunk() -> None:
+    arena = make_arena(chunk_pages=5)
+    arena.allocate(3)
+    runs = arena.runs(arena.allocate(12))
+    assert [(start, len(run)) for start, run in runs] == [(0, 2), (2, 5), (7, 5)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wavekv.errors import LayoutError
+from wavekv.errors import CapacityError, LayoutError
 from wavekv.kvstore.ahead import ChunksAhead
 from wavekv.kvstore.budget import MemoryBudget
 from wavekv.kvstore.layout import KVLayout
@@ -108,6 +109,13 @@ class HostArena:
         self._promised = wanted
         self._num_ordered += num_chunks
         self._ahead.order(num_chunks)
+
+    def order_ahead(self, num_pages: int) -> None:
+        """Order what a later step will need, if it fits. Only where memory is pinned: elsewhere a
+        chunk takes no time."""
+        if self.pin:
+            with suppress(CapacityError):
+                self.order(num_pages)
 
     def cancel_orders(self) -> None:
         """Take back all that was ordered and not allocated; its memory is free again, but for a

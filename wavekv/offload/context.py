@@ -189,6 +189,8 @@ class LayerContext:
             self.paged.give_up()
             raise
         self._num_pending = first
+        if not self.runtime.is_prefilling:
+            self.paged.arena.order_ahead(self._num_pages(self.runtime.config.append_segment))
 
     def _batches(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
         """(length, how many) of segments in a row that are built at once."""

@@ -3,6 +3,8 @@ them, with some and with none, however the prompt is cut."""
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,8 @@ from offload_cases import SMALL, D, Tokens, feed, new_context, plain_attention
 
 from wavekv.errors import CapacityError
 from wavekv.offload import LayerContext, builder, context, streaming
+from wavekv.offload.interrupts import uninterrupted
+from wavekv.offload.paged import PagedZone, SegmentPages
 from wavekv.offload.runtime import PrefillPlan
 
 PAGE_BYTES = 2 * 4 * D * 4
@@ -224,3 +228,35 @@ def test_an_interrupt_while_pages_are_built_loses_nothing(monkeypatch) -> None:
     one.settle()
     assert one.paged.num_tokens == 192
     run(one, Tokens.random(1, HEADS, 40), [], tokens)
+
+
+def test_ctrl_c_does_not_cut_the_taking_in_of_pages(monkeypatch) -> None:
+    """A segment whose pages are taken in leaves the window too, then the interrupt comes."""
+    tokens = Tokens.random(1, HEADS, 200)
+    one = planned(new_context(tokens), 200, 10**9)
+    feed(one, tokens)
+    append = PagedZone.append
+
+    def interrupted(self: PagedZone, segment: SegmentPages) -> None:
+        signal.raise_signal(signal.SIGINT)
+        append(self, segment)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagedZone, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.settle()
+    assert (one.paged.num_tokens, one.steady.start) == (192, 192)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(one, Tokens.random(1, HEADS, 40), [], tokens)
+
+
+def test_an_interrupt_that_waited_knows_of_an_error_before_it() -> None:
+    @uninterrupted()
+    def fail() -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("inside")
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fail()
+    assert isinstance(caught.value.__context__, ValueError)

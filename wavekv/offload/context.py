@@ -21,6 +21,7 @@ from wavekv.index.segments import cut_segments
 from wavekv.offload.attention import State, add_attention_sink, attend_chunk, attend_step
 from wavekv.offload.builder import BATCH_BYTES, build_segments
 from wavekv.offload.counters import Counters
+from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.paged import PagedZone, SegmentPages
 from wavekv.offload.resident import ResidentPages
 from wavekv.offload.runtime import OffloadRuntime, PrefillPlan
@@ -208,7 +209,11 @@ class LayerContext:
         if self._pending is None:
             return
         wait([self._pending])
-        pending, self._pending, self._num_pending = self._pending, None, 0
+        with uninterrupted():
+            self._take_in(self._pending)
+
+    def _take_in(self, pending: Future[list[SegmentPages]]) -> None:
+        self._pending, self._num_pending = None, 0
         try:
             for segment in pending.result():
                 self.paged.append(segment)

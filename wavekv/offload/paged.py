@@ -17,6 +17,7 @@ from wavekv.index.retrieval import PageSummary
 from wavekv.index.scatter import SpanScatter
 from wavekv.kernels.means import KEY_BITS, VALUE_BITS
 from wavekv.kvstore import HostArena
+from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.packed import PackedRows, growing_rows
 from wavekv.offload.resident import ResidentPages
 
@@ -150,8 +151,10 @@ class PagedZone:
         Raises:
             CapacityError: as `HostArena.reserve`.
         """
-        ids = self.arena.allocate(num_pages)
-        self._building.append(ids)
+        self.arena.reserve(num_pages)
+        with uninterrupted():
+            ids = self.arena.allocate(num_pages)
+            self._building.append(ids)
         return ids
 
     def give_up(self) -> None:

@@ -55,8 +55,8 @@ def check_left_over(cache: Any) -> None:
         arena.check_integrity()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss"])
-@pytest.mark.parametrize("chunk", [23, 130, 1000])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("chunk", [60, 130, 1000])
 @pytest.mark.parametrize("resident", [0, 90, 10**6])
 def test_logits_do_not_depend_on_what_is_resident(
     model_type: str, chunk: int, resident: int, wrapped: Wrap, device: torch.device, monkeypatch
@@ -75,7 +75,8 @@ def test_logits_do_not_depend_on_what_is_resident(
     monkeypatch.setattr("wavekv.model_adapters.prefill.plan_prefill", limited)
     chunked = wrapped(model_type, device, prefill_chunk=chunk)
     cache, logits = taken_in(chunked, ids)
-    assert made[0].resident_tokens > TOKENS
+    # without a later chunk nothing is worth keeping
+    assert made[0].resident_tokens == TOKENS - 1 - (TOKENS - 1) % chunk
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
     check_left_over(cache)
 

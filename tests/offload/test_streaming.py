@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from offload_cases import D, Tokens, feed, new_context, plain_attention, prefill
 from torch import Tensor
 
+from wavekv.kvstore import HostArena
 from wavekv.offload import LayerContext, streaming
-from wavekv.offload.streaming import stream_pages
+from wavekv.offload.streaming import StreamBuffers, stream_pages
 from wavekv.offload.transfer import fetch_pages
 
 
@@ -78,6 +81,54 @@ def test_attention_over_many_small_blocks(device, monkeypatch, count, pages, mod
 def test_no_pages_no_blocks(device: torch.device) -> None:
     context = new_context(Tokens.random(1, 2, 1), device)
     assert list(stream_pages(context.paged, device)) == []
+
+
+class Still:
+    """A stream or an event of a device that does everything at once."""
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *_: None
+
+
+@pytest.mark.parametrize("pages", [1, 7, 40, 1000])
+@pytest.mark.parametrize("pads", [(0,), (0, 37), (0, 10**6, 64)])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("gathers", [False, True])
+def test_the_buffers_of_a_device_bring_what_the_arena_has(
+    monkeypatch, pages, pads, scattered, gathers
+) -> None:
+    """The way to CUDA without its streams: what is copied where."""
+    context, _ = prefilled(torch.device("cpu"), 700, pads)
+    zone, device = context.paged, torch.device("cpu")
+    if scattered:
+        order = torch.randperm(zone.num_pages)
+        for part in (zone.page_ids, zone.counts, zone.device_counts):
+            part.view.copy_(part.view[:, :, order])
+    block_pages(monkeypatch, context, pages)
+    expected = list(stream_pages(zone, device))
+    monkeypatch.setattr(streaming, "_LEAST_RUN", 10**9 if gathers else 0)
+    monkeypatch.setattr(streaming, "_copy_stream", lambda _: Still())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Still())
+    monkeypatch.setattr(torch.cuda, "Event", Still)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    empty, read = torch.empty, []
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options)
+    )
+    whole = HostArena.read
+    monkeypatch.setattr(HostArena, "read", lambda *a, **k: read.append(1) or whole(*a, **k))
+    buffers = StreamBuffers()
+    for _ in range(2):
+        blocks = streaming._streamed_blocks(zone, streaming._blocks(zone, device), device, buffers)
+        for block, wanted in zip(blocks, expected, strict=True):
+            assert torch.equal(block.keys, wanted.keys)
+            assert torch.equal(block.values, wanted.values)
+            assert (block.valid is None) == (wanted.valid is None)
+            assert block.valid is None or torch.equal(block.valid, wanted.valid)
+            assert block.moved == wanted.moved == 2 * block.keys.nbytes
+    assert bool(read) == gathers
+    (held,) = buffers._held.values()
+    assert len(held.sides) == 2
 
 
 @pytest.mark.parametrize("none", [False, True])

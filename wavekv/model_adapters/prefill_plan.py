@@ -50,14 +50,19 @@ def plan_prefill(
     if not (bool(devices) if keeps is None else keeps):
         return PrefillPlan(seen + total, 0)
     free = sum(map(free_memory, devices or [torch.device("cpu")]))
+    shapes = _shapes(cache)
     # 2 for keys and values
-    token_bytes = 2 * model.dtype.itemsize * batch * sum(h * d for h, d in _shapes(cache))
-    needed = 3 * streaming.BLOCK_BYTES
-    budget = device_budget(cache.config, free) - needed
+    token_bytes = 2 * model.dtype.itemsize * batch * sum(h * d for h, d in shapes)
+    # of a layer that has fewer pages no block is that long
+    layer_bytes = (seen + total) * token_bytes // len(shapes)
+    stream = 3 * min(streaming.BLOCK_BYTES, layer_bytes)
+    needed = stream
     if devices:
-        needed += _check_device(model, cache, batch, total, chunk, free, token_bytes)
-    room = max(0, min(budget, free - needed))
-    return PrefillPlan(seen + total, room // token_bytes)
+        needed += _check_device(model, cache, batch, total, chunk, free, token_bytes, stream)
+    room = min(device_budget(cache.config, free) - stream, free - needed)
+    # the last chunk's own pages are read by none
+    wanted = (total - 1) // chunk * chunk
+    return PrefillPlan(seen + total, min(wanted, max(0, room) // token_bytes))
 
 
 def _check_host(model: PreTrainedModel, cache: OffloadedCache, batch: int, total: int) -> None:
@@ -77,13 +82,13 @@ def _check_device(
     chunk: int,
     free: int,
     token_bytes: int,
+    stream: int,
 ) -> int:
     """Bytes of device memory that the index, a chunk and its tensors take, beside the stream."""
     shapes = _shapes(cache)
     index = int(total * batch * sum(h * index_bytes(cache.config, d) for h, d in shapes))
     length = min(chunk, total)
     chunk_bytes = length * token_bytes + _working_bytes(model, cache, length * batch)
-    stream = 3 * streaming.BLOCK_BYTES
     if index + chunk_bytes + stream > free:
         raise CapacityError(
             f"a prefill of {total} tokens needs {(index + chunk_bytes + stream) / _GIB:.1f} GiB of "

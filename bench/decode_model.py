@@ -28,6 +28,15 @@ SHAPES = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
+    "qwen-7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
     "tiny": {
         "vocab_size": 1000,
         "hidden_size": 256,

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from wavekv.config import parse_size
 from wavekv.errors import CapacityError
 from wavekv.kernels.step import StepShape
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
+from wavekv.offload.device_memory import device_budget, free_memory
 from wavekv.offload.packed import PackedRows
 
 ROOM_TOKENS = 8192
@@ -94,9 +94,7 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
 def _num_slots(contexts: Sequence[LayerContext], most: int, device: torch.device) -> int:
     """Slots of a KV head: some budgets, as far as the device budget goes."""
     B, H, _ = contexts[0].shape
-    size = parse_size("device_budget", contexts[0].runtime.config.device_budget)
-    if isinstance(size, float):
-        size = int(size * _free_memory(device))
+    size = device_budget(contexts[0].runtime.config, free_memory(device))
     slot_bytes = contexts[0].paged.arena.layout.dense_bytes * B * H * len(contexts)
     slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
     if slots < most:
@@ -106,11 +104,3 @@ def _num_slots(contexts: Sequence[LayerContext], most: int, device: torch.device
             "free device memory"
         )
     return slots
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free, what torch holds for later allocations included."""
-    if device.type != "cuda":
-        return 1 << 40
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached

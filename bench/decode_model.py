@@ -28,6 +28,15 @@ SHAPES = {
         "num_key_value_heads": 8,
         "head_dim": 128,
     },
+    "llama-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+    },
     "qwen-7b": {
         "vocab_size": 152064,
         "hidden_size": 3584,

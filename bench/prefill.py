@@ -30,6 +30,7 @@ from transformers import LlamaForCausalLM
 
 from wavekv import OffloadConfig, OffloadedKV
 from wavekv.errors import CapacityError
+from wavekv.kvstore import CODEC_BITS
 from wavekv.model_adapters.prefill_plan import chunk_tokens
 
 WARM_UP_CHUNKS = 2
@@ -83,6 +84,7 @@ def offload_config(args: argparse.Namespace) -> OffloadConfig:
         prefill_chunk=args.chunk,
         cpu_budget=args.cpu_budget,
         device_budget=args.device_budget,
+        host_dtype=args.host_dtype,
     )
 
 
@@ -180,6 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
     parser.add_argument("--cpu-budget", type=size, default=0.8, help="see OffloadConfig")
     parser.add_argument("--device-budget", type=size, default=0.5, help="see OffloadConfig")
+    parser.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("bench/results/prefill.json"))
@@ -220,6 +223,7 @@ def main() -> None:
         "batch": args.batch,
         "chunk": args.chunk,
         "device_budget": args.device_budget,
+        "host_dtype": args.host_dtype,
         "rows": [],
     }
     print(f"chunks of {args.chunk} tokens\n{HEADER}", flush=True)

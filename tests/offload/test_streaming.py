@@ -106,7 +106,7 @@ def test_the_buffers_of_a_device_bring_what_the_arena_has(
             part.view.copy_(part.view[:, :, order])
     block_pages(monkeypatch, context, pages)
     expected = list(stream_pages(zone, device))
-    monkeypatch.setattr(streaming, "_LEAST_RUN", 10**9 if gathers else 0)
+    monkeypatch.setattr(streaming, "LEAST_RUN", 10**9 if gathers else 0)
     monkeypatch.setattr(streaming, "_copy_stream", lambda _: Still())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Still())
     monkeypatch.setattr(torch.cuda, "Event", Still)

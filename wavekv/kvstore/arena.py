@@ -25,6 +25,9 @@ from wavekv.kvstore.layout import KVLayout
 CHUNK_BYTES = 64 << 20
 """A power of two: what a pinned allocation rounds up to anyway."""
 
+LEAST_RUN = 32
+"""Pages that consecutive ids must have on average to be copied run by run."""
+
 _LEAST_CHUNKS = 8
 """A budget holds at least so many chunks: what does not fill the last one is little."""
 
@@ -169,13 +172,13 @@ class HostArena:
 
     def put(self, ids: Tensor, stored: Tensor) -> None:
         """`write` pages that are encoded: [n, *stored_shape], as `KVLayout.encode` returns them."""
-        for chunk, rows, slots in self._by_chunk(ids):
-            start, count = int(slots[0]), len(slots)
-            if torch.equal(slots, torch.arange(start, start + count)):
-                part = stored if count == len(ids) else stored[rows]
-                chunk[start : start + count].copy_(part, non_blocking=True)
-            else:
+        runs = self.runs(ids)
+        if len(runs) * LEAST_RUN > len(ids):
+            for chunk, rows, slots in self._by_chunk(ids):
                 chunk.index_copy_(0, slots, stored[rows].to("cpu"))
+            return
+        for start, run in runs:
+            run.copy_(stored[start : start + len(run)], non_blocking=True)
 
     def read(self, ids: Tensor) -> Tensor:
         """The pages of ids [n] in the model's dtype, in new CPU memory: [n, 2, P, D]."""

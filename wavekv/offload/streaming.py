@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from wavekv.kvstore import KVLayout
+from wavekv.kvstore.arena import LEAST_RUN
 from wavekv.offload.paged import PagedZone
 
 BLOCK_BYTES = 128 << 20
 """Bytes of pages in a block on CUDA: long blocks are merged seldom. Two are on their way, and one
 is laid out for attention."""
 _CPU_BLOCK_BYTES = 32 << 20
-_LEAST_RUN = 32
-"""Pages that consecutive ids must have on average for copies without a gather on the host."""
 
 
 class Block(NamedTuple):
@@ -89,7 +88,7 @@ class _Side:
         pages = self.pages[: len(ids)]
         runs = zone.arena.runs(ids)
         sources = runs
-        if len(runs) * _LEAST_RUN > len(ids):
+        if len(runs) * LEAST_RUN > len(ids):
             sources = [(0, self._gathered(zone, ids))]
         with torch.cuda.stream(stream):
             stream.wait_event(self.used)

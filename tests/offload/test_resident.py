@@ -283,3 +283,14 @@ def test_what_stays_on_the_device_is_what_the_pages_say(device, host_dtype: str)
     exact = plain_attention(query, tokens.keys, tokens.values, tokens.valid, scale=D**-0.5)
     seen = tokens.valid[:, None, 320:, None]
     assert not torch.allclose(out * seen, exact * seen, rtol=1e-4, atol=1e-4)
+
+
+def test_without_memory_for_them_pages_are_streamed(device, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("too many pieces")
+
+    monkeypatch.setattr(context, "ResidentPages", full)
+    tokens = Tokens.random(1, HEADS, 300)
+    one = planned(new_context(tokens, device), 300, 10**9)
+    run(one, tokens, [100, 200])
+    assert one.paged.resident is None

@@ -15,10 +15,12 @@ from wavekv.offload.streaming import StreamBuffers, stream_pages
 from wavekv.offload.transfer import fetch_pages
 
 
-def prefilled(device: torch.device, count: int = 300, pads: tuple[int, ...] = (0, 37)):
+def prefilled(
+    device: torch.device, count: int = 300, pads: tuple[int, ...] = (0, 37), **settings: object
+):
     tokens = Tokens.random(len(pads), 2, count)
     tokens.valid = torch.arange(count) >= torch.tensor(pads)[:, None]
-    context = new_context(tokens, device)
+    context = new_context(tokens, device, **settings)
     prefill(context, tokens)
     return context, tokens
 
@@ -94,11 +96,12 @@ class Still:
 @pytest.mark.parametrize("pads", [(0,), (0, 37), (0, 10**6, 64)])
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("host_dtype", ["model", "int8"])
 def test_the_buffers_of_a_device_bring_what_the_arena_has(
-    monkeypatch, pages, pads, scattered, gathers
+    monkeypatch, pages, pads, scattered, gathers, host_dtype
 ) -> None:
     """The way to CUDA without its streams: what is copied where."""
-    context, _ = prefilled(torch.device("cpu"), 700, pads)
+    context, _ = prefilled(torch.device("cpu"), 700, pads, host_dtype=host_dtype)
     zone, device = context.paged, torch.device("cpu")
     if scattered:
         order = torch.randperm(zone.num_pages)
@@ -125,7 +128,8 @@ def test_the_buffers_of_a_device_bring_what_the_arena_has(
             assert torch.equal(block.values, wanted.values)
             assert (block.valid is None) == (wanted.valid is None)
             assert block.valid is None or torch.equal(block.valid, wanted.valid)
-            assert block.moved == wanted.moved == 2 * block.keys.nbytes
+            num_pages = block.keys.shape[:3].numel() // zone.arena.layout.page_size
+            assert block.moved == wanted.moved == num_pages * zone.arena.layout.page_bytes
     assert bool(read) == gathers
     (held,) = buffers._held.values()
     assert len(held.sides) == 2

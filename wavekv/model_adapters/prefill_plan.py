@@ -11,6 +11,7 @@ from wavekv.kvstore import KVLayout
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.layer import OffloadedLayer
 from wavekv.offload import streaming
+from wavekv.offload.builder import BATCH_BYTES
 from wavekv.offload.device_memory import device_budget, free_memory, index_bytes
 from wavekv.offload.runtime import PrefillPlan
 
@@ -19,6 +20,8 @@ CPU_CHUNK, CUDA_CHUNK = 8192, 32768
 often; on CUDA a chunk is halved, down to the CPU's, while its tensors would not fit easily."""
 _WORKING_SHARE = 0.25
 """Of the free device memory: what the tensors of a forward may take by choice."""
+_BATCHES = 6
+"""Device memory of a page builder, in batches of its keys as float32: it has copies of them."""
 _GIB = 2**30
 
 
@@ -56,7 +59,8 @@ def plan_prefill(
     token_bytes = 2 * model.dtype.itemsize * batch * sum(h * d for h, d in shapes)
     # of a layer that has fewer pages no block is that long
     layer_bytes = (seen + total) * token_bytes // len(shapes)
-    stream = 3 * min(streaming.BLOCK_BYTES, layer_bytes)
+    num_blocks = streaming.MEMORY_BLOCKS[cache.config.host_dtype != "model"]
+    stream = num_blocks * min(streaming.BLOCK_BYTES, layer_bytes)
     needed = stream
     if devices:
         needed += _check_device(model, cache, batch, total, chunk, free, token_bytes, stream)
@@ -95,6 +99,7 @@ def _check_device(
     index = int(total * batch * sum(h * index_bytes(cache.config, d) for h, d in shapes))
     length = min(chunk, total)
     chunk_bytes = length * token_bytes + _working_bytes(model, cache, length * batch)
+    chunk_bytes += _BATCHES * min(BATCH_BYTES, length * token_bytes // len(shapes))
     if index + chunk_bytes + stream > free:
         raise CapacityError(
             f"a prefill of {total} tokens needs {(index + chunk_bytes + stream) / _GIB:.1f} GiB of "

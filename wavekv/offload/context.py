@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from functools import partial, wraps
 from itertools import groupby
 from typing import Concatenate, ParamSpec, TypeVar
@@ -249,7 +250,9 @@ class LayerContext:
             self.paged.resident = None
             if num_resident >= config.page_size:
                 like = self.steady.keys.view[:, :, :0]
-                self.paged.resident = ResidentPages(like, num_resident)
+                # where memory is in pieces that are too small, pages are streamed instead
+                with suppress(torch.OutOfMemoryError):
+                    self.paged.resident = ResidentPages(like, num_resident)
         self._plan = plan
 
     def end_prefill(self) -> None:

@@ -20,8 +20,11 @@ from wavekv.kvstore.arena import LEAST_RUN
 from wavekv.offload.paged import PagedZone
 
 BLOCK_BYTES = 128 << 20
-"""Bytes of pages in a block on CUDA: long blocks are merged seldom. Two are on their way, and one
-is laid out for attention."""
+"""Bytes of keys and values in a block on CUDA: long blocks are merged seldom. Two are on their way,
+as they are stored, and one is laid out for attention."""
+MEMORY_BLOCKS = {True: 7, False: 3}
+"""Blocks of device memory that streaming takes, by whether pages are coded: what decodes them has
+copies, some in float32."""
 _CPU_BLOCK_BYTES = 32 << 20
 
 

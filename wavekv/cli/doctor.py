@@ -82,7 +82,6 @@ def _rate_rows(rates: Rates) -> list[tuple[str, str]]:
         ("pages fetched by a kernel", _gb(rates.fetch)),
         ("device copy, read + write", _gb(rates.device_copy)),
         ("pinning", _of(rates.pin_seconds_per_gib, 1, "s/GiB")),
-        ("kernel in a graph", _of(rates.graph_kernel_seconds, 1e6, "us")),
         ("matrix products", _of(rates.matmul_flops, 1e-12, "TFLOP/s")),
     ]
     for dim, rate in rates.attention_flops.items():

@@ -1,4 +1,4 @@
-"""How fast a device multiplies, attends, copies and starts kernels, and builds pages."""
+"""How fast a device multiplies, attends, copies, and builds pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from wavekv.machine.clock import best_device_seconds, best_seconds
 from wavekv.offload.builder import form_pages
 
 _COPY_BYTES = 1 << 30
-_KERNELS = 200
 HEAD_DIMS = (64, 128)
 """At which attention is measured."""
 
@@ -52,17 +51,6 @@ def device_copy(device: torch.device) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / best_device_seconds(lambda: target.copy_(source), repeats=10)
-
-
-def graph_kernel_seconds(device: torch.device) -> float:
-    """Seconds of a kernel that does next to nothing, in a CUDA graph of many in a row."""
-    numbers = torch.zeros(256, device=device)
-    numbers.add_(1)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(_KERNELS):
-            numbers.add_(1)
-    return best_device_seconds(graph.replay) / _KERNELS
 
 
 def _dtype(device: torch.device) -> torch.dtype:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wavekv.kernels.step import StepArena, StepShape, empty_pool, empty_scratch
+from wavekv.kernels.step import StepArena, StepPool, StepShape, empty_pool, empty_scratch
 from wavekv.machine.clock import best_device_seconds
 
 _PINNED_BYTES = 512 << 20
@@ -34,16 +35,21 @@ def bus_rates(device: torch.device, *, can_fetch: bool) -> BusRates:
     there = torch.empty_like(host, device=device)
     to_device = best_device_seconds(lambda: there.copy_(host, non_blocking=True))
     to_host = best_device_seconds(lambda: host.copy_(there, non_blocking=True))
+    fetched = None
+    if can_fetch:
+        run, pool = random_fetch(host, device)
+        fetched = pool.pages.nbytes / best_device_seconds(run)
     return BusRates(
         h2d=host.nbytes / to_device,
         d2h=host.nbytes / to_host,
-        fetch=_fetch_rate(host, device) if can_fetch else None,
+        fetch=fetched,
         pin_seconds_per_gib=pinning * 2**30 / host.nbytes,
     )
 
 
-def _fetch_rate(host: Tensor, device: torch.device) -> float:
-    """Bytes a second of pages of 4 KiB at random places of pinned memory."""
+def random_fetch(host: Tensor, device: torch.device) -> tuple[Callable[[], None], StepPool]:
+    """A fetch of pages of 4 KiB from random places of `host` [bytes] uint8, as a decode step does
+    it, and the pool that they come to."""
     from wavekv.kernels.cuda import fetch
 
     shape = StepShape(
@@ -63,11 +69,9 @@ def _fetch_rate(host: Tensor, device: torch.device) -> float:
     )
     pool = empty_pool(shape, torch.bfloat16, device)
     scratch = empty_scratch(shape, torch.bfloat16, device)
-    page_bytes = pool.pages[0, 0, 0].nbytes
-    num_pages = host.nbytes // page_bytes
+    num_pages = host.nbytes // pool.pages[0, 0, 0].nbytes
     scratch.wanted.copy_(torch.randint(num_pages, scratch.wanted.shape))
     scratch.victims.copy_(torch.arange(_MISSES, dtype=torch.int32).expand_as(scratch.victims))
     scratch.num_misses.fill_(_MISSES)
     arena = StepArena(torch.tensor([host.data_ptr()], device=device), num_pages, [host])
-    seconds = best_device_seconds(lambda: fetch(arena, pool, scratch, shape))
-    return _HEADS * _MISSES * page_bytes / seconds
+    return lambda: fetch(arena, pool, scratch, shape), pool

@@ -8,7 +8,6 @@ from wavekv.machine.arithmetic import (
     HEAD_DIMS,
     attention_flops,
     device_copy,
-    graph_kernel_seconds,
     matmul_flops,
     page_build,
 )
@@ -30,7 +29,6 @@ def measure(environment: Environment) -> Rates:
             can_fetch = environment.captured_refusal is None
             of_device = bus_rates(device, can_fetch=can_fetch)._asdict()
             of_device["device_copy"] = device_copy(device)
-            of_device["graph_kernel_seconds"] = graph_kernel_seconds(device)
         rates = Rates(
             host_read=host_read(),
             host_gather=host_gather(is_pinned=environment.can_pin),

@@ -34,8 +34,6 @@ class Rates:
     fetch: float | None = None
     """Single pages from pinned memory, by the kernel that a decode step uses."""
     pin_seconds_per_gib: float | None = None
-    graph_kernel_seconds: float | None = None
-    """A small kernel in a CUDA graph, one after another."""
 
     @property
     def has_device(self) -> bool:

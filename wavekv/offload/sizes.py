@@ -46,7 +46,7 @@ class CacheBytes:
     """What a cache holds after a prefill, in bytes of all layers."""
 
     index: dict[str, int]
-    """By part: means, codes, variance, counts, scatter."""
+    """By part: key means, value means, variance, counts, codes, scatter."""
     steady: int
     """Keys and values of the sinks and the local window."""
     host_pages: int
@@ -66,10 +66,10 @@ def cache_bytes(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) ->
     """Sizes after a prefill. is_packed: whether means are small integers, as on CUDA."""
     layer = _layer(config, shape, is_packed=is_packed)
     paged, layers, pages = layer.paged, shape.layers, num_pages(config, shape.num_tokens)
-    means = paged.mean.nbytes + paged.value_mean.nbytes
     codes = sum(part.nbytes for part in (paged.codes, paged.code_scale, paged.page_scale))
     index = {
-        "means": means,
+        "key means": paged.mean.nbytes,
+        "value means": paged.value_mean.nbytes,
         "codes": codes,
         "variance": paged.variance.nbytes,
         "counts": paged.device_counts.nbytes,

@@ -175,9 +175,7 @@ def _full_layers(name: str, fields: Mapping[str, Any], layers: int) -> tuple[int
     return full, window
 
 
-def _number(
-    name: str, fields: Mapping[str, Any], key: str, default: int | None = None
-) -> int:
+def _number(name: str, fields: Mapping[str, Any], key: str, default: int | None = None) -> int:
     for other in (key, *_OTHER_NAMES.get(key, ())):
         value = fields.get(other)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:

@@ -31,7 +31,7 @@ class Needs:
     cache: CacheBytes
     """After the prefill. Of the index `device` has more: room for tokens to come."""
     step: StepShape | None
-    """Of the engine; None on a CPU, or where no pool fits."""
+    """Of the engine; None where steps are not captured, or no pool fits."""
     refusal: str | None
     """Why no pool fits."""
 
@@ -60,12 +60,10 @@ def needs_of(
     weights, index = model.parameters * shape.dtype.itemsize, sum(cache.index.values())
     windows = window_bytes(model, shape)
     step = refusal = None
-    if has_device:
+    if is_captured(model, machine):
         free = (machine.device_memory or 0) - weights - windows - index - cache.steady
         try:
-            step = engine_step_shape(
-                config, shape, page_bytes=cache.page, free_memory=max(0, free)
-            )
+            step = engine_step_shape(config, shape, page_bytes=cache.page, free_memory=max(0, free))
         except CapacityError as error:
             refusal = str(error)
     device = {"index": index, "pool": 0, "steady zone": cache.steady, "working": 0}
@@ -82,6 +80,11 @@ def needs_of(
         step=step,
         refusal=refusal,
     )
+
+
+def is_captured(model: ModelShape, machine: MachineRecord) -> bool:
+    """Whether decode steps run as one graph: all layers are offloaded, and a kernel can fetch."""
+    return model.offloaded == model.layers and machine.rates.fetch is not None
 
 
 def window_bytes(model: ModelShape, shape: CacheShape) -> int:

@@ -11,7 +11,7 @@ from wavekv.config import OffloadConfig
 from wavekv.estimate.decode import decode_step
 from wavekv.estimate.fit import Misfit, longest_that_fits, misfits
 from wavekv.estimate.model import ModelShape
-from wavekv.estimate.needs import Needs, needs_of, window_bytes
+from wavekv.estimate.needs import Needs, is_captured, needs_of, window_bytes
 from wavekv.estimate.prefill import prefill_time
 from wavekv.estimate.seconds import Prediction
 from wavekv.estimate.step_bytes import step_bytes
@@ -102,11 +102,18 @@ def estimate(
 
     slots = None
     if machine.rates.has_device:
-        # without a pool nothing is found in it
         slots = 0 if needs.step is None else needs.step.slots
     weights = model.step_parameters * shape.dtype.itemsize
     windows = window_bytes(model, shape)
     read = step_bytes(config, shape, needs.cache, weights=weights, windows=windows, slots=slots)
+    took = decode_step(
+        read,
+        model.layers,
+        model.offloaded,
+        machine.rates,
+        is_compiled=config.compile,
+        is_captured=is_captured(model, machine),
+    )
     return Estimate(
         model=model,
         shape=shape,
@@ -114,9 +121,7 @@ def estimate(
         machine=machine,
         needs=needs,
         bus_bytes=read.fetched,
-        decode=decode_step(
-            read, model.layers, model.offloaded, machine.rates, is_compiled=config.compile
-        ),
+        decode=took,
         prefill=prefill_time(model, config, shape, needs.cache, machine.rates),
         misfits=found,
         fitting_tokens=longest_that_fits(fits, num_tokens) if found else None,

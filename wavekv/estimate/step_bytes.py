@@ -50,7 +50,7 @@ def step_bytes(
     slots: int | None,
 ) -> StepBytes:
     """Of one step. weights, windows: bytes of them that it reads. slots: those of the page pool for
-    each KV head; None where there is none."""
+    each KV head, 0 without a pool; None where no bus is between pages and steps."""
     N, index, page = cache.num_pages, cache.index, config.page_size
     rows = shape.layers * shape.batch * shape.kv_heads
     most = min(N, page_limits(config, shape.num_tokens + 1)[1])
@@ -80,4 +80,7 @@ def hit_rate(slots: int, most: int, num_pages: int) -> float:
     """The share of chosen pages that a pool of so many slots has, by what was measured."""
     if slots >= num_pages:
         return 1.0
+    if slots < most:
+        # no pool
+        return 0.0
     return HIT_RATE if slots >= 2 * most else REUSE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from wavekv.kernels.block import attend_block
@@ -22,19 +24,15 @@ def matmul_flops(device: torch.device) -> float:
 
 
 def attention_flops(device: torch.device, head_dim: int) -> float:
-    """FLOP a second of the causal half of attention as a prefill runs it, of 32 query heads and 8
-    KV heads (fewer on a CPU)."""
+    """FLOP a second of a chunk of queries that attends to one block of pages, as a prefill does, of
+    32 query heads and 8 KV heads (fewer on a CPU)."""
     heads, tokens = (32, 8192) if device.type == "cuda" else (8, 1024)
     dtype = _dtype(device)
     query = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
-    keys, values = torch.randn(
-        2, 1, heads // 4, tokens, head_dim, device=device, dtype=dtype
-    )
+    keys, values = torch.randn(2, 1, heads // 4, tokens, head_dim, device=device, dtype=dtype)
     scale = head_dim**-0.5
-    seconds = _best(
-        lambda: attend_block(query, keys, values, scale=scale, causal=True), device, repeats=3
-    )
-    return 2 * heads * head_dim * tokens**2 / seconds
+    seconds = _best(lambda: attend_block(query, keys, values, scale=scale), device, repeats=3)
+    return 4 * heads * head_dim * tokens**2 / seconds
 
 
 def page_build(device: torch.device) -> float:
@@ -57,7 +55,6 @@ def _dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _best(run: object, device: torch.device, repeats: int = 5) -> float:
-    assert callable(run)
+def _best(run: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
     best = best_device_seconds if device.type == "cuda" else best_seconds
     return best(run, repeats=repeats)

@@ -18,7 +18,7 @@ def best_device_seconds(run: Callable[[], object], *, repeats: int = 5) -> float
     """The same on the current CUDA device, between events around each run."""
     run()
     torch.cuda.synchronize()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         began.record()

@@ -29,7 +29,9 @@ def disk_rates(folder: Path | None = None) -> tuple[float, float]:
         descriptor = _open_uncached(file.name)
         try:
             ordered = range(0, _FILE_BYTES, _BLOCK_BYTES)
-            places = [_ROW_BYTES * random.randrange(_FILE_BYTES // _ROW_BYTES) for _ in range(_ROWS)]
+            places = [
+                _ROW_BYTES * random.randrange(_FILE_BYTES // _ROW_BYTES) for _ in range(_ROWS)
+            ]
             return _rate(descriptor, ordered, _BLOCK_BYTES), _rate(descriptor, places, _ROW_BYTES)
         finally:
             os.close(descriptor)

@@ -25,7 +25,7 @@ class Rates:
     matmul_flops: float
     """FLOP a second of large matrix products: bfloat16 on CUDA, float32 on a CPU."""
     attention_flops: dict[str, float]
-    """The same of causal attention of many queries, by head dimension."""
+    """The same of attention of many queries to a block of keys, by head dimension."""
     device_copy: float | None = None
     """A copy inside the device, bytes read and written."""
     h2d: float | None = None
@@ -60,10 +60,7 @@ class Rates:
         for field in fields(cls):
             value = values.get(field.name)
             if field.name == "attention_flops":
-                is_right = isinstance(value, dict) and bool(value)
-                is_right = is_right and all(
-                    dim.isdecimal() and _is_rate(rate) for dim, rate in value.items()
-                )
+                is_right = _are_rates(value)
             else:
                 is_right = _is_rate(value) or (value is None and field.default is None)
             if not is_right:
@@ -77,3 +74,11 @@ class Rates:
 
 def _is_rate(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _are_rates(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(str(dim).isdecimal() and _is_rate(rate) for dim, rate in value.items())
+    )

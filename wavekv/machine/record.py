@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,7 @@ def cache_file() -> Path:
 
 
 def measured_machine(
-    environment: Environment | None = None,
-    *,
-    again: bool = False,
-    measure: Callable[[Environment], Rates] = measure,
+    environment: Environment | None = None, *, again: bool = False
 ) -> tuple[MachineRecord, bool]:
     """This machine, measured before (True) or now (False). again: measure in any case.
 
@@ -125,10 +122,8 @@ def measured_machine(
         host_memory=environment.memory_available,
     )
     if not was_kept:
-        try:
+        with suppress(OSError):
             record.write(cache_file())
-        except OSError:
-            pass
     return record, was_kept
 
 

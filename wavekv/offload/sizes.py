@@ -182,19 +182,19 @@ def _room_for_pages(config: OffloadConfig, num_tokens: int) -> int:
 
 
 def _room_for_local(config: OffloadConfig, num_tokens: int) -> int:
-    """The most local tokens, sinks included, that buffers of a chunked prefill have room for."""
-    local = GrowingTensor(torch.empty(0, dtype=torch.uint8, device=_META), dim=0)
-    most = waiting = 0
+    """The most tokens that the steady zone of a layer has room for in a chunked prefill."""
+    zone = GrowingTensor(torch.empty(0, dtype=torch.uint8, device=_META), dim=0)
+    most = waiting = sinks = 0
     # what a chunk leaves is soon the same for all
     seen = min(num_tokens, 4 * (config.prefill_chunk + config.segment))
     for start in range(0, seen, config.prefill_chunk):
-        local.drop(0, waiting)
+        zone.drop(sinks, waiting)
         count = min(config.prefill_chunk, num_tokens - start)
-        local.append(torch.empty(count, dtype=torch.uint8, device=_META))
-        most = max(most, len(local.buffer))
-        waiting = sum(
-            cut_segments(
-                len(local) - config.window, segment=config.segment, smallest=config.segment
-            )
-        )
-    return most + config.num_sink_tokens
+        zone.append(torch.empty(count, dtype=torch.uint8, device=_META))
+        local = len(zone) - sinks - config.window
+        waiting = sum(cut_segments(local, segment=config.segment, smallest=config.segment))
+        if waiting and not sinks and config.num_sink_tokens:
+            sinks = config.num_sink_tokens
+            zone.insert_front(sinks)
+        most = max(most, len(zone.buffer))
+    return most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,34 @@ def test_a_slow_disk_is_not_read_to_its_end(
     little: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("wavekv.machine.disk._MOST_SECONDS", 0.0)
+    assert all(rate > 0 for rate in disk_rates(tmp_path))
+
+
+def test_a_disk_that_cannot_be_written_has_no_rates(
+    little: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        disk_rates(tmp_path / "nowhere")
+
+    def no_room() -> tuple[float, float]:
+        raise OSError("no room")
+
+    monkeypatch.setattr("wavekv.machine.measure.disk_rates", no_room)
+    monkeypatch.setattr("wavekv.machine.measure.page_build", lambda _: 1.0)
+    assert measure(describe()).disk_random is None
+
+
+def test_a_file_system_that_refuses_to_read_around_its_cache(
+    little: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    direct, whole = getattr(os, "O_DIRECT", 0), os.open
+
+    def refuses(name: str, flags: int, *rest: int) -> int:
+        if flags & direct:
+            raise OSError(22, "Invalid argument")
+        return whole(name, flags, *rest)
+
+    monkeypatch.setattr("wavekv.machine.disk.os.open", refuses)
     assert all(rate > 0 for rate in disk_rates(tmp_path))
 
 

@@ -72,7 +72,11 @@ def test_problems_of_the_environment(change: dict, what: str, do: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"h2d": 3e9, "fetch": 3e9}, "moves 3.0 GB/s"), ({"fetch": 2e10}, "fetched at 20.0 GB/s")],
+    [
+        ({"disk_sequential": None, "disk_random": None}, "temporary file"),
+        ({"h2d": 3e9, "fetch": 3e9}, "moves 3.0 GB/s"),
+        ({"fetch": 2e10}, "fetched at 20.0 GB/s"),
+    ],
 )
 def test_problems_of_the_bus(change: dict, what: str) -> None:
     (found,) = problems(SOUND, replace(RATES, **change))

@@ -7,6 +7,7 @@ import os
 import random
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _FILE_BYTES = 128 << 20
@@ -19,7 +20,11 @@ _MOST_SECONDS = 1.0
 
 def disk_rates(folder: Path | None = None) -> tuple[float, float]:
     """Bytes a second of reading a temporary file in `folder` (that of the system by default):
-    in order, and 8 KiB at random places one at a time."""
+    in order, and 8 KiB at random places one at a time.
+
+    Raises:
+        OSError: there is no room for it, or the folder cannot be written.
+    """
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         block = os.urandom(_BLOCK_BYTES)
         for _ in range(_FILE_BYTES // _BLOCK_BYTES):
@@ -39,13 +44,19 @@ def disk_rates(folder: Path | None = None) -> tuple[float, float]:
 
 def _open_uncached(name: str) -> int:
     """A descriptor that reads from the disk itself, or after the cached blocks were given up."""
-    try:
-        return os.open(name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        descriptor = os.open(name, os.O_RDONLY)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    direct = getattr(os, "O_DIRECT", 0)
+    with suppress(OSError):
+        descriptor = os.open(name, os.O_RDONLY | direct)
+        try:
+            # some file systems refuse only here
+            _rate(descriptor, [0], _ROW_BYTES)
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
+    descriptor = os.open(name, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    return descriptor
 
 
 def _rate(descriptor: int, places: range | list[int], size: int) -> float:

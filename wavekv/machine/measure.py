@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 
 from wavekv.machine.arithmetic import (
@@ -22,7 +24,10 @@ def measure(environment: Environment) -> Rates:
     """Measure anew. What it allocates it frees; other work on the machine shows in the rates."""
     has_device = environment.device is not None
     device = torch.device("cuda" if has_device else "cpu")
-    sequential, random = disk_rates()
+    sequential = random = None
+    with suppress(OSError):
+        # a disk without room is a problem to report, not the end
+        sequential, random = disk_rates()
     with torch.inference_mode(False), torch.no_grad():
         of_device = {}
         if has_device:

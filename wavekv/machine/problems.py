@@ -79,7 +79,14 @@ def _of_rates(environment: Environment, rates: Rates | None) -> Iterator[Problem
             f"torch uses {environment.threads} of {environment.cores} cores",
             "unset OMP_NUM_THREADS, or set it to the number of cores",
         )
-    if rates is None or rates.h2d is None:
+    if rates is None:
+        return
+    if rates.disk_random is None:
+        yield Problem(
+            "no temporary file of 128 MiB can be written and read",
+            "free space where temporary files go, or name another folder by TMPDIR",
+        )
+    if rates.h2d is None:
         return
     if rates.h2d < _SLOW_BUS:
         yield Problem(

@@ -17,15 +17,15 @@ class Rates:
     """Reading CPU memory, all threads."""
     host_gather: float
     """Pages from the host arena into one buffer."""
-    disk_sequential: float
-    disk_random: float
-    """8 KiB at random places, one at a time."""
     page_build: float
     """Tokens of a KV head of 128 dimensions a second that become pages."""
     matmul_flops: float
     """FLOP a second of large matrix products: bfloat16 on CUDA, float32 on a CPU."""
     attention_flops: dict[str, float]
     """The same of attention of many queries to a block of keys, by head dimension."""
+    disk_sequential: float | None = None
+    disk_random: float | None = None
+    """8 KiB at random places, one at a time."""
     device_copy: float | None = None
     """A copy inside the device, bytes read and written."""
     h2d: float | None = None

@@ -54,9 +54,9 @@ def long_run(steps: WalkedSteps, count: int, device: torch.device) -> dict[str, 
 
 def reuse_seen(steps: WalkedSteps) -> float:
     """The share of a step's chosen pages that the step before chose, mean over layers and heads."""
-    shares, before = [], steps.chosen_pages()
+    shares, before = [], steps.watched_step().chosen
     for _ in range(REUSE_PAIRS):
-        after = steps.chosen_pages()
+        after = steps.watched_step().chosen
         for number, pages in after.items():
             others = before[number].long()
             held = torch.zeros(

@@ -7,10 +7,13 @@ neither the host memory nor the time to pin it; the index in device memory is ev
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from decode_walk import clustered_pages
+from needles import Needles
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -22,6 +25,9 @@ from wavekv.offload.builder import rounded_statistics
 from wavekv.offload.device_layer import device_parts
 from wavekv.offload.engine_shape import ROOM_TOKENS
 from wavekv.offload.paged import PagedZone, SegmentPages
+
+Plant = Callable[[int, Tensor], None]
+"""Changes some of the keys [B, Hkv, T, D] of the tokens from a position on."""
 
 
 @dataclass
@@ -62,8 +68,10 @@ def fill_contexts(
     *,
     host_layers: int,
     seed: int,
+    needles: Needles | None = None,
 ) -> FilledContexts:
     """Contexts of `tokens` tokens: sinks, pages, and a window with what waits to be paged out.
+    Needles of a layer whose pages are another's are that one's.
 
     Raises:
         ValueError: too few tokens for pages.
@@ -90,7 +98,8 @@ def fill_contexts(
     for number, context in enumerate(layers):
         _fit(context.paged, num_paged)
         if number < host_layers:
-            _fill_pages(context.paged, num_paged, config.segment, generator)
+            planted = None if needles is None else partial(needles.plant, number)
+            _fill_pages(context.paged, num_paged, config.segment, generator, planted)
         else:
             _share_pages(context.paged, layers[number % host_layers].paged)
         _fill_steady(context, num_paged, tokens, generator)
@@ -118,20 +127,24 @@ def _fit(zone: PagedZone, num_tokens: int) -> None:
     zone.scatter.spans.fit(-(-capacity // zone.scatter.span_pages))
 
 
-def _fill_pages(zone: PagedZone, num_tokens: int, segment: int, generator: torch.Generator) -> None:
+def _fill_pages(
+    zone: PagedZone, num_tokens: int, segment: int, generator: torch.Generator, plant: Plant | None
+) -> None:
     """Random pages, a segment at a time."""
     for start in range(0, num_tokens, segment):
         length = min(segment, num_tokens - start)
-        zone.append(_random_segment(zone, start, length, generator))
+        zone.append(_random_segment(zone, start, length, generator, plant))
 
 
 def _random_segment(
-    zone: PagedZone, start: int, length: int, generator: torch.Generator
+    zone: PagedZone, start: int, length: int, generator: torch.Generator, plant: Plant | None
 ) -> SegmentPages:
     layout, held = zone.arena.layout, zone.device_counts.view
     (B, H, _), device, P, D = held.shape, held.device, layout.page_size, layout.head_dim
     n = length // P
     keys, values = clustered_pages(generator, B * H, n, P, D, device, layout.dtype)
+    if plant is not None:
+        plant(start, keys.view(B, H, length, D))
     counts = torch.full((B * H, n), P, dtype=torch.int32, device=device)
     statistics = rounded_statistics(keys, values, counts)
     codes = encode_keys(keys, statistics.mean, counts)

@@ -31,10 +31,13 @@ from wavekv.kernels.step import (
     empty_scratch,
     empty_totals,
 )
+from wavekv.kvstore import CODEC_BITS, KVLayout
 from wavekv.offload.builder import rounded_statistics
 
 KV_HEADS, GROUP, DIM, PAGE, SPAN = 8, 4, 128, 8, 1024
 DTYPE = torch.bfloat16
+CHUNK = 1 << 16
+"""Pages that are encoded at once."""
 
 
 def random_pages(num_pages: int, device: torch.device, seed: int = 0) -> tuple[StepPages, Tensor]:
@@ -91,9 +94,10 @@ def copy_bandwidth() -> float:
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
 
 
-def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
+def measure(context: int, refine: int, budget: float, host_dtype: str) -> dict[str, Any]:
     """Time every kernel at one context length."""
     device = torch.device("cuda")
+    layout = KVLayout(PAGE, DIM, DTYPE, host_dtype)
     N = context // PAGE
     most = max(1, int(budget * N))
     slots, ring = 3 * most, 576
@@ -111,11 +115,15 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
         ring=ring,
         span_pages=SPAN,
         scale=DIM**-0.5,
+        codec=layout.codec,
     )
     pages, data = random_pages(N, device)
-    host = torch.empty(data.flatten(0, 1).shape, dtype=DTYPE, pin_memory=True)
-    host.copy_(data.flatten(0, 1))
-    del data
+    host = torch.empty(
+        (KV_HEADS * N, *layout.stored_shape), dtype=layout.stored_dtype, pin_memory=True
+    )
+    for some, place in zip(data.flatten(0, 1).split(CHUNK), host.split(CHUNK), strict=True):
+        place.copy_(layout.encode(some))
+    del data, some
     arena = StepArena(torch.tensor([host.data_ptr()], device=device), len(host), [host])
     pool, scratch = empty_pool(shape, DTYPE, device), empty_scratch(shape, DTYPE, device)
     totals = empty_totals(shape, device)
@@ -141,7 +149,6 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
         scratch.arrived.zero_()
         cuda.rank_pages(counters, limits, scratch, shape, is_final=is_final)
 
-    page_bytes = 4 * PAGE * DIM
     candidates = min(N, refine * most) if refine * most and most < N else 0
     runs: dict[str, tuple[Callable[[], None], int]] = {
         "score": (
@@ -168,7 +175,7 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
         "resolve all misses (with resets)": (resolve_anew, KV_HEADS * (most * 28 + slots * 4)),
         "fetch": (
             lambda: cuda.fetch(arena, pool, scratch, shape),
-            KV_HEADS * most * page_bytes,
+            KV_HEADS * most * layout.page_bytes,
         ),
         "attend steady": (
             lambda: cuda.attend(query, steady, pool, counters, scratch, shape, pages=False),
@@ -176,7 +183,7 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
         ),
         "attend pages": (
             lambda: cuda.attend(query, steady, pool, counters, scratch, shape, pages=True),
-            KV_HEADS * most * page_bytes,
+            KV_HEADS * most * layout.dense_bytes,
         ),
         "value_slope": (
             lambda: cuda.value_slope(query, pages, counters, scratch, shape),
@@ -198,7 +205,8 @@ def measure(context: int, refine: int, budget: float) -> dict[str, Any]:
             assert found
             assert int(scratch.num_misses.sum()) == KV_HEADS * most, scratch.num_misses
         figures[name] = {"ms": ms, "bytes": num_bytes, "GB/s": num_bytes / ms / 1e6}
-    return {"context": context, "refine": refine, "budget": budget, "kernels": figures}
+    settings = {"refine": refine, "budget": budget, "host_dtype": host_dtype}
+    return {"context": context, **settings, "kernels": figures}
 
 
 def main() -> None:
@@ -207,13 +215,14 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[131072, 524288])
     parser.add_argument("--budget", type=float, default=0.02)
     parser.add_argument("--refine", type=int, default=16)
+    parser.add_argument("--host-dtype", default="model", choices=("model", *CODEC_BITS))
     parser.add_argument("--json", type=Path, default=Path("bench/results/decode_kernels.json"))
     arguments = parser.parse_args()
     bandwidth = copy_bandwidth()
     print(f"device copy {bandwidth:.0f} GB/s")
     results = []
     for context in arguments.contexts:
-        result = measure(context, arguments.refine, arguments.budget)
+        result = measure(context, arguments.refine, arguments.budget, arguments.host_dtype)
         results.append(result)
         for name, figure in result["kernels"].items():
             print(

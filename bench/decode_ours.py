@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM
 
 from wavekv.config import OffloadConfig
 from wavekv.errors import CapacityError
+from wavekv.kvstore import CODEC_BITS
 from wavekv.model_adapters.attention import NAME, register
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.offload import OffloadRuntime
@@ -45,6 +46,8 @@ def add_flags(parser: ArgumentParser) -> None:
     group.add_argument("--budget", type=float, default=0.02, help="share of tokens retrieved")
     group.add_argument("--refine", type=int, default=16)
     group.add_argument("--prefetch", choices=PREFETCHES, default="none")
+    group.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
+    group.add_argument("--device-budget", default="0.5", help="of the page pool: share or size")
     group.add_argument("--max-misses", type=int, help="pages fetched by a KV head in a step")
     group.add_argument("--steps", type=int, default=256, help="steps that are timed")
     group.add_argument(
@@ -71,8 +74,17 @@ def offload_config(args: Namespace, **changes: Any) -> OffloadConfig:
         "refine": args.refine,
         "prefetch": args.prefetch,
         "max_misses": args.max_misses,
+        "host_dtype": args.host_dtype,
+        "device_budget": _share_or_size(args.device_budget),
     }
     return OffloadConfig(**settings | changes)
+
+
+def _share_or_size(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def retrieval(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> Result:
@@ -156,6 +168,18 @@ def exact(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
     filled = fill_contexts(
         model, cache.runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )
+    return exact_steps(model, cache, filled, tokens, batch)
+
+
+def exact_steps(
+    model: LlamaForCausalLM,
+    cache: OffloadedCache,
+    filled: FilledContexts,
+    tokens: int,
+    batch: int,
+    repeats: int = EXACT_REPEATS,
+) -> Result:
+    """Time exact steps over a filled context; `cache` is empty, and of its runtime."""
     for layer, context in zip(cache.offloaded_layers, filled.layers, strict=True):
         layer.lazy_initialization(context.steady.keys.view, context.steady.values.view)
         layer._context = context
@@ -169,7 +193,7 @@ def exact(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
         token_ids.copy_(logits.argmax(-1))
         return token_ids[:, 0].tolist()
 
-    times = time_steps(step, warmup=1, repeats=EXACT_REPEATS, device=model.device)
+    times = time_steps(step, warmup=1, repeats=repeats, device=model.device)
     moved = filled.num_pages * filled.page_bytes
     held = sum(context.paged.statistics_nbytes for context in filled.layers)
     return Result.of_times(
@@ -212,7 +236,7 @@ def walks(args: Namespace, model: LlamaForCausalLM, batch: int) -> tuple[Tensor,
 
 def settings_of(args: Namespace, filled: FilledContexts) -> dict[str, Any]:
     """What a retrieval was asked to do."""
-    names = "budget", "refine", "prefetch", "max_misses"
+    names = "budget", "refine", "prefetch", "max_misses", "host_dtype", "device_budget"
     extra = {name: getattr(filled.runtime.config, name) for name in names}
     extra |= {"reuse_asked": args.reuse, "host_layers": filled.host_layers}
     if args.prefetch == "early":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -58,6 +59,16 @@ AttentionInterface.register(IMPLEMENTATION, walked_attention)
 AttentionMaskInterface.register(IMPLEMENTATION, flash_attention_mask)
 
 
+@dataclass
+class Watched:
+    """What one step did, by layer."""
+
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+    """Pages [B, Hkv, M], -1 for none."""
+    out: dict[int, Tensor] = field(default_factory=dict)
+    """[B, Hq, 1, D]"""
+
+
 class WalkedSteps:
     """Steps of a model over contexts that an engine has: one CUDA graph, or eager on a CPU."""
 
@@ -89,8 +100,8 @@ class WalkedSteps:
         self.token_ids = torch.zeros(walk.shape[2], 1, dtype=torch.int64, device=walk.device)
         self.cache = DynamicCache(config=model.config)
         self.cache.layers = [EngineLayer(self, walk) for _ in contexts]
-        self.chosen: dict[int, Tensor] | None = None
-        """Pages [B, Hkv, M] that each layer chose in the last step, where somebody asks."""
+        self._watched: Watched | None = None
+        self._given: Tensor | None = None
         model.set_attn_implementation(IMPLEMENTATION)
         self.engine.before_step()
         self.engine.capture_growth()
@@ -107,26 +118,28 @@ class WalkedSteps:
         self.engine.after_step()
 
     @torch.no_grad()
-    def chosen_pages(self) -> dict[int, Tensor]:
-        """Take the next step eagerly; the pages [B, Hkv, M] that each layer chose, -1 for none."""
-        self.chosen = {}
+    def watched_step(self, queries: Tensor | None = None) -> Watched:
+        """Take the next step eagerly, and say what it did. queries: [layers, B, Hq, D] instead of
+        those of the walk."""
+        self._watched, self._given = Watched(), queries
         self.engine.before_step()
         self._forward()
         self.engine.after_step()
-        chosen, self.chosen = self.chosen, None
-        return chosen
+        watched, self._watched, self._given = self._watched, None, None
+        return watched
 
     def attend(self, number: int, keys: Tensor, values: Tensor) -> Tensor:
         """Of layer `number`, in the forward that runs: [B, Hq, 1, D] float32."""
         query = self.queries[number].unsqueeze(2)
         out = self.engine.attend(number, query, keys, values, self.logits, None)
-        if self.chosen is not None:
-            self.chosen[number] = self.engine.scratch.chosen.clone()
+        if self._watched is not None:
+            self._watched.chosen[number] = self.engine.scratch.chosen.clone()
+            self._watched.out[number] = out.clone()
         return out
 
     def _forward(self) -> Tensor:
         at = self.order.index_select(0, self.number)
-        self.queries = self.walk.index_select(0, at)[0]
+        self.queries = self.walk.index_select(0, at)[0] if self._given is None else self._given
         with self._prefetching(at):
             logits = self.model(
                 input_ids=self.token_ids,

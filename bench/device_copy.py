@@ -1,4 +1,5 @@
-"""A cache on the CPU that holds what one on a device holds, in the same pages."""
+"""A cache on the CPU that holds what another holds, in the same pages: one on a device, or one that
+stores them in another form."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ CPU = torch.device("cpu")
 
 @torch.no_grad()
 def cache_on_cpu(cache: OffloadedCache, model: OffloadedKV) -> OffloadedCache:
-    """What `cache` holds, as a cache of `model`, which is on the CPU and has the same config."""
-    assert model.offload_config == cache.config
+    """What `cache` holds, as a cache of `model`, which is on the CPU and has the same config, but
+    perhaps for `host_dtype`."""
+    assert model.offload_config == cache.config.override(host_dtype=model.offload_config.host_dtype)
     cache.settle()
     copy = model.new_cache()
     for source, layer in zip(cache.offloaded_layers, copy.offloaded_layers, strict=True):
@@ -38,7 +40,7 @@ def _context_on_cpu(source: LayerContext, runtime: OffloadRuntime) -> LayerConte
     old_ids = theirs.page_ids.view
     ids = mine.arena.allocate(old_ids.numel())
     mine.page_ids.append(ids.view(old_ids.shape))
-    mine.arena.write(ids, theirs.arena.read(old_ids.flatten()))
+    mine.arena.write(ids, theirs.arena.read(old_ids.flatten()), theirs.counts.view.flatten())
     for name in _PARTS:
         if name != "page_ids":
             getattr(mine, name).append(getattr(theirs, name).view.cpu())

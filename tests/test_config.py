@@ -47,6 +47,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"cpu_budget": "lots"}, 'cpu_budget must look like "8GiB" or "500MB", got \'lots\''),
     ({"cpu_budget": 0}, r"cpu_budget must be bytes > 0, text such as .* got 0"),
     ({"cpu_budget": None}, r"cpu_budget must be bytes > 0, text such as .* got None"),
+    ({"host_dtype": "int7"}, "host_dtype must be one of model, int8, int4, int4-int2, got 'int7'"),
     ({"device_budget": "much"}, 'device_budget must look like "8GiB" or "500MB", got \'much\''),
     ({"max_misses": 0}, "max_misses must be an int of at least 1, got 0"),
     ({"max_misses": 0.5}, "max_misses must be an int of at least 1, got 0.5"),

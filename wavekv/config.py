@@ -48,6 +48,10 @@ class OffloadConfig:
     """Tokens that one forward of a prefill takes."""
     cpu_budget: float | int | str = 0.8
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
+    host_dtype: Literal["model", "int8", "int4", "int4-int2"] = "model"
+    """How pages are stored on the host, and cross the bus: in the model's dtype, or keys and values
+    as integers of 8 bits, of 4, or of 4 and 2, with a range for each channel of a page: 63, 38 or
+    32 % of the bytes of bfloat16 pages of 8 tokens (docs/accuracy.md has what they cost)."""
     device_budget: float | int | str = 0.5
     """Device memory for pages that stay resident between decode steps (CUDA): bytes, "8GiB", or a
     float share of what is free. No more than eight budgets of pages are ever held."""
@@ -86,6 +90,7 @@ class OffloadConfig:
                 f"num_sink_tokens must be at most append_segment={self.append_segment}, "
                 f"got {self.num_sink_tokens}"
             )
+        _check_choice("host_dtype", self.host_dtype, ("model", "int8", "int4", "int4-int2"))
         parse_size("cpu_budget", self.cpu_budget)
         parse_size("device_budget", self.device_budget)
         _check_choice("prefetch", self.prefetch, ("none", "runners-up", "early"))

@@ -61,13 +61,19 @@ def test_settings_reach_the_estimate(capsys) -> None:
     assert 1.4 * 2**30 < small < 1.6 * 2**30 < plain["device_bytes"]["pool"]
     assert ask("--prefill-chunk", "1024")["prefill"] != plain["prefill"]
     assert ask("--cpu-budget", "1GiB")["problems"]
+    coded = ask("--host-dtype", "int8")
+    for name in ("host_bytes", "pcie_bytes_per_token"):
+        before, after = (
+            x[name]["pages"] if name == "host_bytes" else x[name] for x in (plain, coded)
+        )
+        assert 0.55 * before < after < 0.7 * before
 
 
 def test_what_does_not_fit_is_said_and_is_the_exit_status(capsys) -> None:
     assert main([*ASKED, "--tokens", "1M"]) == 1
     out = capsys.readouterr().out
     assert "does not fit: host memory for pages" in out
-    assert "what to do: fewer tokens" in out
+    assert "what to do: pages of small integers (host_dtype), fewer tokens" in out
     assert "the longest context that fits: " in out
 
 
@@ -100,6 +106,7 @@ def test_a_config_file_of_a_model(tmp_path: Path, capsys) -> None:
         (["--tokens", "1K", "--batch", "0"], "batch must be at least 1, got 0"),
         (["--tokens", "1K", "--model", "none"], "expected a config.json"),
         (["--tokens", "1K", "--dtype", "int3"], "dtype must be one of"),
+        (["--tokens", "1K", "--host-dtype", "int3"], "host_dtype must be one of"),
         (["--tokens", "1K", "--budget", "2.5"], "budget must be a float share"),
         (["--tokens", "1K", "--device-budget", "much"], "device_budget must look like"),
         (["--tokens", "1K", "--machine", "/no/such.json"], "/no/such.json"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wavekv.index import encode_keys, page_scatter
 from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
+from wavekv.kernels.page_codec import PageCodec, encode_pages
 from wavekv.kernels.step import (
     StepArena,
     StepPages,
@@ -70,12 +71,13 @@ def make_case(
     softcap: float | None = None,
     top_p: float | None = None,
     tail: str = "second",
+    bits: tuple[int, int] | None = None,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     spread: float = 1.0,
 ) -> Case:
     """A step over random pages. Some pages are short or empty, some ring slots are invalid;
-    whatever must not be read is NaN."""
+    whatever must not be read is NaN. bits: the host stores keys and values as such integers."""
     random = torch.Generator().manual_seed(seed)
     B, H, N, P, D = batch, kv_heads, capacity, page_size, head_dim
     shape = StepShape(
@@ -95,6 +97,7 @@ def make_case(
         softcap=softcap,
         top_p=top_p,
         tail=tail,
+        codec=None if bits is None else PageCodec(P, D, *bits),
     )
 
     def normal(*size: int) -> Tensor:
@@ -133,9 +136,11 @@ def make_case(
     order = torch.randperm(B * H * N, generator=random)
     arena_ids = order.reshape(B, H, N)
     per_chunk = -(-B * H * N // 3)
-    memory = torch.zeros(3, per_chunk, 2, P, D, dtype=dtype)
     both = torch.stack([keys, values], 3).reshape(B * H * N, 2, P, D)
-    memory.view(3 * per_chunk, 2, P, D)[order] = both
+    if shape.codec is not None:
+        both = encode_pages(both, flat[2].flatten(), shape.codec)
+    memory = both.new_zeros(3, per_chunk, *both.shape[1:])
+    memory.flatten(0, 1)[order] = both
     is_cuda = device != "cpu"
     chunks = [chunk.contiguous().pin_memory() if is_cuda else chunk for chunk in memory.unbind()]
     addresses = torch.tensor([chunk.data_ptr() for chunk in chunks])

@@ -65,8 +65,9 @@ class ArenaMachine(RuleBasedStateMachine):
     def read(self, data: st.DataObject, into: bool) -> None:
         ids = self.some(data)
         out = torch.full((len(ids), *LAYOUT.page_shape), torch.nan) if into else None
-        pages = self.arena.read(torch.tensor(ids), out)
+        pages = self.arena.gather(torch.tensor(ids), out)
         assert out is None or pages is out
+        assert torch.equal(self.arena.read(torch.tensor(ids)), pages)
         assert torch.equal(pages, torch.stack([self.content[page] for page in ids]))
 
     def some(self, data: st.DataObject) -> list[int]:
@@ -211,4 +212,29 @@ def test_pages_come_from_and_go_to_a_device(device, dtype: torch.dtype, shuffled
         assert all(chunk.is_pinned() for chunk in arena.chunks)
     assert torch.equal(arena.read(ids), pages.cpu())
     staging = torch.empty(13, *layout.page_shape, dtype=dtype)
-    assert torch.equal(arena.read(ids.flip(0), out=staging), pages.flip(0).cpu())
+    assert torch.equal(arena.gather(ids.flip(0), out=staging), pages.flip(0).cpu())
+
+
+@pytest.mark.parametrize("host_dtype", ["int8", "int4", "int4-int2"])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_pages_are_stored_as_small_integers(device, host_dtype: str, shuffled: bool) -> None:
+    layout = KVLayout(4, 64, torch.bfloat16, host_dtype)
+    assert layout.page_bytes < layout.dense_bytes == 1024
+    budget = MemoryBudget(1 << 20)
+    chunk_bytes = 5 * layout.page_bytes
+    arena = HostArena(layout, budget, pin=device.type == "cuda", chunk_bytes=chunk_bytes)
+    pages = torch.randn(13, *layout.page_shape, device=device).bfloat16()
+    counts = torch.full((13,), 4, device=device)
+    counts[3] = 1
+    ids = arena.allocate(13)
+    assert arena.nbytes == 13 * layout.page_bytes
+    ids = ids[torch.randperm(13)] if shuffled else ids
+    arena.write(ids, pages, counts)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    expected = layout.decode(layout.encode(pages.cpu(), counts.cpu()))
+    assert torch.equal(arena.read(ids), expected)
+    assert torch.equal(layout.decode(arena.gather(ids.flip(0)).to(device)).cpu(), expected.flip(0))
+    error = (expected - pages.cpu()).float()[counts.cpu() == 4].abs().mean(dim=(0, 2, 3))
+    largest = {"int8": (0.02, 0.02), "int4": (0.2, 0.2), "int4-int2": (0.2, 0.7)}[host_dtype]
+    assert all(found < most for found, most in zip(error.tolist(), largest, strict=True))

@@ -28,6 +28,9 @@ from wavekv.offload.paged import PagedZone
 
 HEADS = 2
 NEVER = 10**6  # padding that long is a row without any token
+CODED = 0.1
+"""The most that numbers stored in eight bits are off by here, however often a crop has them stored
+anew."""
 
 
 class Pair:
@@ -50,10 +53,18 @@ class ContextMachine(RuleBasedStateMachine):
         mode=st.sampled_from(["exact", "retrieval"]),
         tail=st.sampled_from(["none", "first", "second"]),
         is_for_engine=st.booleans(),
+        is_coded=st.booleans(),
         seed=st.integers(0, 999),
     )
     def start(
-        self, pads: list[int], sinks: int, mode: str, tail: str, is_for_engine: bool, seed: int
+        self,
+        pads: list[int],
+        sinks: int,
+        mode: str,
+        tail: str,
+        is_for_engine: bool,
+        is_coded: bool,
+        seed: int,
     ) -> Pair:
         torch.manual_seed(seed)
         tokens = Tokens.random(len(pads), HEADS, 0)
@@ -66,6 +77,7 @@ class ContextMachine(RuleBasedStateMachine):
             tail_estimate=tail,
             budget=1.0,
             cpu_budget=8 << 20,
+            host_dtype="int8" if is_coded else "model",
         )
         self.runtime, self.arena = context.runtime, context.paged.arena
         pair = Pair(context, tokens, pads)
@@ -143,7 +155,8 @@ class ContextMachine(RuleBasedStateMachine):
         # what a padding query gets is nobody's business, but it must be finite
         assert out.isfinite().all()
         seen = new.valid[:, None, :, None]
-        torch.testing.assert_close(out * seen, exact * seen, rtol=1e-4, atol=1e-4)
+        atol = CODED if is_coded(pair.context) else 1e-4
+        torch.testing.assert_close(out * seen, exact * seen, rtol=1e-4, atol=atol)
 
     @invariant()
     def every_token_is_in_one_place(self) -> None:
@@ -172,6 +185,10 @@ class ContextMachine(RuleBasedStateMachine):
         self.arena.check_integrity()
 
 
+def is_coded(context: LayerContext) -> bool:
+    return context.paged.arena.layout.codec is not None
+
+
 def segments(pair: Pair) -> list[tuple[int, int]]:
     return pair.context.paged.segments
 
@@ -194,8 +211,9 @@ def check_tokens(pair: Pair) -> None:
         b, h, slot = (positions >= 0).nonzero(as_tuple=True)
         at = positions[b, h, slot]
         times.index_put_((b, h, at), torch.tensor(1), accumulate=True)
-        assert torch.equal(keys[b, h, slot], tokens.keys[b, h, at])
-        assert torch.equal(values[b, h, slot], tokens.values[b, h, at])
+        atol = CODED if is_coded(context) else 0.0
+        for found, given in ((keys, tokens.keys), (values, tokens.values)):
+            assert ((found[b, h, slot] - given[b, h, at]).abs() <= atol).all()
     assert torch.equal(times, tokens.valid[:, None].expand(B, H, T).long())
     if context.steady.mask is None:
         assert context.steady.valid.view.all()
@@ -242,8 +260,11 @@ def check_pages(context: LayerContext) -> None:
         rows = rows.reshape(B, H, paged.num_pages, P, D).masked_fill(~held[..., None], 0.0)
         mean = rows.sum(3) / counts[..., None].clamp_min(1)
         step = pack_rows(mean, bits)[1].unsqueeze(-1)
-        assert ((found.view.cpu() - mean).abs() <= 0.5001 * step).all()
-    check_scatter(paged, keys, values)
+        atol = CODED if is_coded(context) else 0.0
+        assert ((found.view.cpu() - mean).abs() <= 0.5001 * step + atol).all()
+    if not is_coded(context):
+        # what is stored in eight bits says too little of sums of squares
+        check_scatter(paged, keys, values)
 
 
 def check_scatter(paged: PagedZone, keys: Tensor, values: Tensor) -> None:

@@ -99,6 +99,8 @@ def started(
         {"refine": 1},
         {"budget": 8, "device_budget": 4096},
         {"prefetch": "runners-up"},
+        {"host_dtype": "int8", "budget": 1.0},
+        {"host_dtype": "int4-int2"},
     ],
     ids=str,
 )

@@ -77,6 +77,14 @@ def test_a_cache_takes_what_was_foreseen(is_packed: bool, dtype: torch.dtype) ->
     check_cache(config_of(), replace(SHAPE, dtype=dtype), is_packed=is_packed)
 
 
+@pytest.mark.parametrize("host_dtype", ["int8", "int4", "int4-int2"])
+def test_pages_of_integers(host_dtype: str) -> None:
+    config, dense = config_of(host_dtype=host_dtype), config_of()
+    check_cache(config, SHAPE, is_packed=True)
+    pages = [cache_bytes(c, SHAPE, is_packed=True).host_pages for c in (config, dense)]
+    assert pages[0] < pages[1]
+
+
 @settings(max_examples=15)
 @given(
     tokens=st.integers(1, 700),
@@ -111,6 +119,7 @@ def test_caches_of_any_shape(
         {"budget": 8, "max_misses": 1},
         {"budget": 8, "device_budget": 24 * 1024},
         {"tail_estimate": "none", "refine": 1},
+        {"host_dtype": "int8"},
     ],
     ids=str,
 )
@@ -124,8 +133,7 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
         context.settle()
     engine = DecodeEngine(contexts, step_reference)
     shape = replace(SHAPE, num_tokens=SHAPE.num_tokens + 1)
-    page = cache_bytes(config, shape, is_packed=True).page
-    step = engine_step_shape(config, shape, page_bytes=page, free_memory=ENOUGH)
+    step = engine_step_shape(config, shape, free_memory=ENOUGH)
     assert step == engine.shape
 
     def nbytes(tensors: object) -> int:
@@ -147,16 +155,15 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
 
 def test_a_pool_that_does_not_fit_is_refused() -> None:
     config = config_of(budget=0.5, device_budget=256)
-    page = cache_bytes(config, SHAPE, is_packed=True).page
     with pytest.raises(CapacityError, match="raise device_budget"):
-        engine_step_shape(config, SHAPE, page_bytes=page, free_memory=ENOUGH)
+        engine_step_shape(config, SHAPE, free_memory=ENOUGH)
 
 
 def test_a_share_of_the_device_is_of_what_is_free() -> None:
     config = config_of(budget=0.5, device_budget=0.5)
-    page = cache_bytes(config, SHAPE, is_packed=True).page
     rows = SHAPE.layers * SHAPE.batch * SHAPE.kv_heads
-    few = engine_step_shape(config, SHAPE, page_bytes=page, free_memory=2 * 1200 * rows * page)
+    page = cache_bytes(config, SHAPE, is_packed=True).layout.dense_bytes
+    few = engine_step_shape(config, SHAPE, free_memory=2 * 1200 * rows * page)
     assert few.slots == 1200
 
 
@@ -165,5 +172,5 @@ def test_a_million_tokens_take_no_memory_to_foresee() -> None:
     config = OffloadConfig()
     cache = cache_bytes(config, shape, is_packed=True)
     assert cache.host_pages > 200 << 40
-    step = engine_step_shape(config, shape, page_bytes=cache.page, free_memory=1 << 60)
+    step = engine_step_shape(config, shape, free_memory=1 << 60)
     assert engine_bytes(config, shape, step)["index"] > sum(cache.index.values())

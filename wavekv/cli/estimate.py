@@ -17,7 +17,7 @@ from wavekv.estimate.quantity import parse_tokens, tokens_text
 from wavekv.estimate.seconds import Prediction
 from wavekv.machine.record import MachineRecord, measured_machine
 
-_SETTINGS = ("budget", "cpu_budget", "device_budget", "prefill_chunk", "compile")
+_SETTINGS = ("budget", "host_dtype", "cpu_budget", "device_budget", "prefill_chunk", "compile")
 """Options that are fields of `OffloadConfig`."""
 
 
@@ -34,6 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences (1)")
     parser.add_argument("--dtype", help="of weights and keys (that of the config)")
     parser.add_argument("--budget", type=_number, help="share or count of tokens to retrieve")
+    parser.add_argument("--host-dtype", help="how pages are stored: model, int8, int4, int4-int2")
     for name in ("cpu", "device"):
         parser.add_argument(f"--{name}-budget", type=_number, help="bytes, 8GiB, or a share")
     parser.add_argument("--prefill-chunk", type=int, help="tokens of one forward of a prefill")

@@ -32,6 +32,8 @@ def misfits(config: OffloadConfig, machine: MachineRecord, needs: Needs) -> list
     do = "fewer tokens, a smaller batch, a smaller device_budget or prefill_chunk"
     found += _too_much("device memory", needs.total, memory, do)
     do = "fewer tokens, a smaller batch, a larger cpu_budget, or a host with more memory"
+    if config.host_dtype == "model":
+        do = f"pages of small integers (host_dtype), {do}"
     return found + _too_much("host memory for pages", needs.host, pages, do)
 
 

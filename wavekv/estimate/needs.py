@@ -63,7 +63,7 @@ def needs_of(
     if is_captured(model, machine):
         free = (machine.device_memory or 0) - weights - windows - index - cache.steady
         try:
-            step = engine_step_shape(config, shape, page_bytes=cache.page, free_memory=max(0, free))
+            step = engine_step_shape(config, shape, free_memory=max(0, free))
         except CapacityError as error:
             refusal = str(error)
     device = {"index": index, "pool": 0, "steady zone": cache.steady, "working": 0}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wavekv.config import OffloadConfig
-from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.sizes import CacheBytes, CacheShape
 
@@ -55,7 +54,7 @@ def step_bytes(
     rows = shape.layers * shape.batch * shape.kv_heads
     most = min(N, page_limits(config, shape.num_tokens + 1)[1])
     candidates = min(N, most * config.refine) if config.refine > 1 and most < N else 0
-    pool_page = KVLayout(page, shape.head_dim, shape.dtype).page_bytes
+    pool_page = cache.layout.dense_bytes
     local = shape.num_tokens - N * page
     # of a page, numbers of four bytes: logit, log mass and shift of each query head are written,
     # the last two read again; ranks and lists are of a KV head
@@ -64,7 +63,7 @@ def step_bytes(
     scatter = index["scatter"] if config.tail_estimate == "second" else 0
     fetched = 0
     if slots is not None:
-        fetched = round(rows * most * (1 - hit_rate(slots, most, N))) * cache.page
+        fetched = round(rows * most * (1 - hit_rate(slots, most, N))) * cache.layout.page_bytes
     return StepBytes(
         weights=weights,
         ranking=ranking + 3 * scores + 4 * ranks,

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wavekv.kernels.page_codec import PageCodec
+
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -78,13 +80,20 @@ def expect_softcap(softcap: float | None) -> None:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
 
 
-def expect_chunks(chunks: Sequence[Tensor], query: Tensor) -> None:
-    """The chunks are contiguous, [C, 2, P, D] of one shape and one stored dtype."""
+def expect_chunks(chunks: Sequence[Tensor], query: Tensor, codec: PageCodec | None) -> None:
+    """The chunks are contiguous, [C, 2, P, D] of one shape and one stored dtype, or
+    [C, page_bytes] uint8 if pages are in the form of a codec."""
     if not chunks:
         raise ValueError("page_ids name pages, so there must be at least one chunk, got none")
     first, width = chunks[0], query.shape[-1]
     shape, dtype, device = first.shape, first.dtype, query.device
-    if len(shape) != 4 or shape[1] != 2 or shape[3] != width or dtype not in STORED_DTYPES:
+    if codec is not None:
+        if shape[1:] != (codec.page_bytes,) or dtype != torch.uint8 or codec.head_dim != width:
+            raise ValueError(
+                f"chunks must be [C, {codec.page_bytes}] uint8 with pages of {width} dimensions, "
+                f"got {tuple(shape)} {dtype} and {codec}"
+            )
+    elif len(shape) != 4 or shape[1] != 2 or shape[3] != width or dtype not in STORED_DTYPES:
         raise ValueError(
             f"chunks must be [C, 2, P, {width}] float32, bfloat16 or float16, "
             f"got {tuple(shape)} {dtype}"

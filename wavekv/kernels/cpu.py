@@ -25,8 +25,10 @@ from wavekv.kernels import (
     cpu_select,
 )
 from wavekv.kernels.cpu_launch import DTYPE_CODES, NO_VIEW, float32, launch, splits, view
+from wavekv.kernels.cpu_math import FLOAT32
 
 if TYPE_CHECKING:
+    from wavekv.kernels.page_codec import PageCodec
     from wavekv.kernels.search import SearchParts
 
 # Selecting costs about as much for so many log masses as the other kernels cost for one row.
@@ -122,9 +124,15 @@ def attend_pages(
     *,
     scale: float,
     softcap: float | None = None,
+    codec: PageCodec | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, kv_heads, pages = page_ids.shape
-    chunk_pages, _, page_size, width = chunks[0].shape
+    first, width = chunks[0], query.shape[-1]
+    chunk_pages = len(first)
+    page_size = first.shape[2] if codec is None else codec.page_size
+    # of pages of small integers no dtype is read
+    dtype = DTYPE_CODES.get(first.dtype, FLOAT32)
+    bits = np.array((0, 0) if codec is None else codec.bits, np.int64)
     query, page_ids, counts = float32(query), page_ids.contiguous(), counts.contiguous()
     out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
     parts = min(splits(batch * kv_heads, pages * page_size), pages)
@@ -133,7 +141,7 @@ def attend_pages(
         batch * kv_heads * pages * page_size,
         *(batch * kv_heads, parts, query.shape[1] // kv_heads, width, pages, query.data_ptr()),
         *(np.array([chunk.data_ptr() for chunk in chunks], np.int64), chunk_pages, page_size),
-        *(DTYPE_CODES[chunks[0].dtype], page_ids.data_ptr(), counts.data_ptr()),
+        *(dtype, bits, first[0].nbytes, page_ids.data_ptr(), counts.data_ptr()),
         *(np.float32(scale), np.float32(softcap or 0.0), out.data_ptr(), lse.data_ptr()),
     )
     if not in_range:

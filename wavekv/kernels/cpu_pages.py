@@ -12,6 +12,7 @@ from numba import njit, prange
 from numba.np.numpy_support import carray
 
 from wavekv.kernels.cpu_math import FASTMATH, FLOAT32, NEG_INF, PRANGE, int32_at, int64_at
+from wavekv.kernels.cpu_page_codec import UNIT_BYTES, decode_row, open_page
 from wavekv.kernels.cpu_state import BLOCK, UNROLL, attend_block, join_splits, scaled_query
 
 
@@ -22,6 +23,7 @@ def _attend_list(
     chunk_pages: int,
     page_size: int,
     dtype: int,
+    page_bytes: int,
     page_ids: Any,
     counts: Any,
     softcap: Any,
@@ -30,11 +32,11 @@ def _attend_list(
     acc: Any,
 ) -> bool:
     """Attend to page_ids [n]; False where an id or a count lies outside what the chunks hold."""
-    group, width = acc.shape
+    width = acc.shape[1]
     row_bytes = width * (4 if dtype == FLOAT32 else 2)
     keys = np.empty(BLOCK, np.int64)
     values = np.empty(BLOCK, np.int64)
-    logits = np.empty((group, BLOCK), np.float32)
+    logits = np.empty((acc.shape[0], BLOCK), np.float32)
     scratch = np.empty((UNROLL, width), np.float32)
     filled = 0
     for m in range(page_ids.size):
@@ -43,7 +45,7 @@ def _attend_list(
             continue
         if page >= chunks.size * chunk_pages or count < 0 or count > page_size:
             return False
-        row = chunks[page // chunk_pages] + (page % chunk_pages) * 2 * page_size * row_bytes
+        row = chunks[page // chunk_pages] + (page % chunk_pages) * page_bytes
         for _ in range(count):
             keys[filled] = row
             values[filled] = row + page_size * row_bytes
@@ -61,6 +63,63 @@ def _attend_list(
     return True
 
 
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _attend_coded_list(
+    query: Any,
+    chunks: Any,
+    chunk_pages: int,
+    page_size: int,
+    bits: Any,
+    page_bytes: int,
+    page_ids: Any,
+    counts: Any,
+    softcap: Any,
+    peak: Any,
+    total: Any,
+    acc: Any,
+) -> bool:
+    """`_attend_list` where numbers of keys and values have `bits` [2]."""
+    width = acc.shape[1]
+    tokens = np.empty((2, BLOCK, width), np.float32)
+    keys = np.empty(BLOCK, np.int64)
+    values = np.empty(BLOCK, np.int64)
+    for t in range(BLOCK):
+        keys[t] = tokens.ctypes.data + t * width * 4
+        values[t] = keys[t] + BLOCK * width * 4
+    rows = np.empty(2, np.int64)
+    for half in range(2):
+        rows[half] = (page_size * bits[half] + 7) // 8
+    offset = np.empty((2, width), np.float32)
+    step = np.empty((2, width), np.float32)
+    logits = np.empty((acc.shape[0], BLOCK), np.float32)
+    scratch = np.empty((UNROLL, width), np.float32)
+    filled = 0
+    for m in range(page_ids.size):
+        page, count = page_ids[m], counts[m]
+        if page < 0:
+            continue
+        if page >= chunks.size * chunk_pages or count < 0 or count > page_size:
+            return False
+        at = chunks[page // chunk_pages] + (page % chunk_pages) * page_bytes
+        open_page(at, rows, offset, step)
+        key_codes = at + UNIT_BYTES
+        value_codes = key_codes + (rows[0] + 2) * width
+        for t in range(count):
+            # fmt: off
+            decode_row(key_codes, rows[0], bits[0], t, offset[0], step[0], tokens[0, filled])
+            decode_row(value_codes, rows[1], bits[1], t, offset[1], step[1], tokens[1, filled])
+            filled += 1
+            if filled == BLOCK:
+                attend_block(query, keys, values, filled, FLOAT32, FLOAT32, softcap, logits,
+                             scratch, peak, total, acc)
+                filled = 0
+            # fmt: on
+    attend_block(
+        query, keys, values, filled, FLOAT32, FLOAT32, softcap, logits, scratch, peak, total, acc
+    )
+    return True
+
+
 @njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())
 def attend_pages(
     heads: int,
@@ -73,6 +132,8 @@ def attend_pages(
     chunk_pages: int,
     page_size: int,
     dtype: int,
+    bits: Any,
+    page_bytes: int,
     page_ids: int,
     counts: int,
     scale: Any,
@@ -82,7 +143,8 @@ def attend_pages(
 ) -> bool:
     """The state over page_ids [heads, pages]; False where an id or a count is out of range.
 
-    chunks holds their addresses; query, page_ids, counts, out and lse are addresses.
+    chunks holds their addresses; query, page_ids, counts, out and lse are addresses. bits: [2], of
+    keys and of values, for pages of small integers; zeros for pages of `dtype`.
     """
     tasks = heads * splits
     peak = np.full((tasks, group), NEG_INF, np.float32)
@@ -94,18 +156,16 @@ def attend_pages(
         head, split = task // splits, task % splits
         first, last = split * pages // splits, (split + 1) * pages // splits
         start = head * pages + first
-        ok[task] = _attend_list(
-            scaled_query(query + head * group * width * 4, group, width, scale),
-            chunks,
-            chunk_pages,
-            page_size,
-            dtype,
-            carray(int64_at(page_ids + start * 8), (last - first,)),
-            carray(int32_at(counts + start * 4), (last - first,)),
-            softcap,
-            peak[task],
-            total[task],
-            acc[task],
-        )
+        scaled = scaled_query(query + head * group * width * 4, group, width, scale)
+        ids = carray(int64_at(page_ids + start * 8), (last - first,))
+        held = carray(int32_at(counts + start * 4), (last - first,))
+        # fmt: off
+        if bits[0] > 0:
+            ok[task] = _attend_coded_list(scaled, chunks, chunk_pages, page_size, bits, page_bytes,
+                                          ids, held, softcap, peak[task], total[task], acc[task])
+        else:
+            ok[task] = _attend_list(scaled, chunks, chunk_pages, page_size, dtype, page_bytes,
+                                    ids, held, softcap, peak[task], total[task], acc[task])
+        # fmt: on
     join_splits(splits, peak, total, acc, out, lse)
     return bool(ok.all())

@@ -15,6 +15,7 @@ from torch import Tensor
 from wavekv.kernels import checks, reference
 from wavekv.kernels.backend import uses_numba
 from wavekv.kernels.checks import STORED_DTYPES
+from wavekv.kernels.page_codec import PageCodec
 
 State = tuple[Tensor, Tensor]
 
@@ -167,13 +168,15 @@ def attend_pages(
     *,
     scale: float,
     softcap: float | None = None,
+    codec: PageCodec | None = None,
 ) -> State:
     """Exact attention over pages, read in place.
 
     query: [B, Hq, D]. chunks: contiguous tensors [C, 2, P, D] of one shape; page i is
     chunks[i // C][i % C], its keys at [0], its values at [1]; may be empty if M = 0. page_ids:
     [B, Hkv, M] int64 in any order, -1 for nothing. counts: [B, Hkv, M] int32; only the first
-    `counts` tokens of a page are read.
+    `counts` tokens of a page are read. codec: pages are stored in this form instead, in chunks
+    [C, page_bytes] uint8.
     Returns the state: out [B, Hq, D], lse [B, Hq], float32.
     On the CPU backend an id beyond the chunks, or a count beyond P, is an IndexError.
     """
@@ -190,9 +193,9 @@ def attend_pages(
     if shape[2] == 0:
         out = torch.zeros_like(query, dtype=torch.float32)
         return out, out.new_full(out.shape[:2], -torch.inf)
-    checks.expect_chunks(chunks, query)
+    checks.expect_chunks(chunks, query, codec)
     run = _backend(query).attend_pages
-    state: State = run(query, chunks, page_ids, counts, scale=scale, softcap=softcap)
+    state: State = run(query, chunks, page_ids, counts, scale=scale, softcap=softcap, codec=codec)
     return state
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wavekv.kernels.page_codec import PageCodec, decode_pages
+
 _MAX_STRIP = 256
 
 VALUE_RIDGE = 1e-2
@@ -138,13 +140,16 @@ def attend_pages(
     *,
     scale: float,
     softcap: float | None = None,
+    codec: PageCodec | None = None,
 ) -> tuple[Tensor, Tensor]:
-    chunk_pages, _, page_size, width = chunks[0].shape
+    chunk_pages, width = len(chunks[0]), query.shape[-1]
+    page_size = chunks[0].shape[2] if codec is None else codec.page_size
     # [B, Hkv, M, 2, P, D]
     pages = query.new_zeros(*page_ids.shape, 2, page_size, width, dtype=torch.float32)
     for i, chunk in enumerate(chunks):
         here = (page_ids >= i * chunk_pages) & (page_ids < (i + 1) * chunk_pages)
-        pages[here] = chunk[page_ids[here] - i * chunk_pages].float()
+        held = chunk[page_ids[here] - i * chunk_pages]
+        pages[here] = held.float() if codec is None else decode_pages(held, codec, torch.float32)
     slot = torch.arange(page_size, device=query.device)
     live = (slot < counts.unsqueeze(-1)) & (page_ids >= 0).unsqueeze(-1)
     keys, values = pages[:, :, :, 0].flatten(2, 3), pages[:, :, :, 1].flatten(2, 3)

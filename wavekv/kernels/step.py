@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wavekv.kernels.page_codec import PageCodec
+
 END, CLOCK, PAGES, START = range(4)
 """Places in `counters`: the position of the new token and the number of the step, which every step
 advances; the pages in use and the position of the oldest local token, which growth changes."""
@@ -68,6 +70,8 @@ class StepShape:
     softcap: float | None = None
     top_p: float | None = None
     tail: str = "second"
+    codec: PageCodec | None = None
+    """How the host stores pages, if not as the pool does."""
     is_wide: bool = False
     """Whether `limits[WIDE]` may be more than `limits[MOST]`: a prefetch follows."""
 

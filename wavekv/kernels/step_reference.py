@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wavekv.kernels import reference
 from wavekv.kernels.means import unpack_rows
+from wavekv.kernels.page_codec import decode_pages
 from wavekv.kernels.step import (
     AGES,
     ATTEND_TOKENS,
@@ -213,12 +214,14 @@ def _resolve_head(
 
 
 def fetch(arena: StepArena, pool: StepPool, scratch: StepScratch, shape: StepShape) -> None:
-    words = pool.pages.flatten(3)
     for b in range(shape.batch):
         for h in range(shape.kv_heads):
             for i in range(int(scratch.num_misses[b, h])):
                 chunk, slot = divmod(int(scratch.wanted[b, h, i]), arena.pages_per_chunk)
-                words[b, h, int(scratch.victims[b, h, i])] = arena.memory[chunk][slot].flatten()
+                page = arena.memory[chunk][slot]
+                if shape.codec is not None:
+                    page = decode_pages(page[None], shape.codec, pool.pages.dtype)[0]
+                pool.pages[b, h, int(scratch.victims[b, h, i])] = page
 
 
 def store(pages: Tensor, arena_ids: Tensor, arena: StepArena) -> None:

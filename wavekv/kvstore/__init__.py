@@ -2,6 +2,6 @@
 
 from wavekv.kvstore.arena import HostArena
 from wavekv.kvstore.budget import MemoryBudget, available_memory
-from wavekv.kvstore.layout import KVLayout
+from wavekv.kvstore.layout import CODEC_BITS, KVLayout
 
-__all__ = ["HostArena", "KVLayout", "MemoryBudget", "available_memory"]
+__all__ = ["CODEC_BITS", "HostArena", "KVLayout", "MemoryBudget", "available_memory"]

@@ -1,5 +1,6 @@
 """The host arena: every page of a cache, in chunks of CPU memory (pinned for an accelerator).
 
+Pages are stored as its layout says: in the model's dtype, or as small integers.
 Pages are written once and then only read, so sequences and forks share them by counting references.
 The arena knows page ids and bytes, and nothing of heads, layers or tokens.
 """
@@ -26,7 +27,7 @@ _LEAST_CHUNKS = 8
 
 
 class HostArena:
-    """Pages [2, P, D] by id, in chunks [C, 2, P, D]: page i is `chunks[i // C][i % C]`."""
+    """Pages by id, in chunks [C, *stored_shape]: page i is `chunks[i // C][i % C]`."""
 
     def __init__(
         self, layout: KVLayout, budget: MemoryBudget, *, pin: bool, chunk_bytes: int = CHUNK_BYTES
@@ -112,9 +113,10 @@ class HostArena:
         # a copy: the tensor may be in the middle of its own collection
         self._dropped.append(ids.flatten().numpy().copy())
 
-    def write(self, ids: Tensor, pages: Tensor) -> None:
+    def write(self, ids: Tensor, pages: Tensor, counts: Tensor | None = None) -> None:
         """Store pages [n, 2, P, D] under ids [n]. From a CUDA device the copy may still be running
-        on the current stream when this returns.
+        on the current stream when this returns. counts: [n] tokens of each page, or None if all
+        are full; what is behind them need not come back.
 
         Raises:
             LayoutError: pages of another shape or dtype.
@@ -125,18 +127,24 @@ class HostArena:
                 f"pages must be {expected} {self.layout.dtype}, "
                 f"got {tuple(pages.shape)} {pages.dtype}"
             )
+        stored = self.layout.encode(pages, counts)
         for chunk, rows, slots in self._by_chunk(ids):
             start, count = int(slots[0]), len(slots)
             if torch.equal(slots, torch.arange(start, start + count)):
-                part = pages if count == len(ids) else pages[rows]
+                part = stored if count == len(ids) else stored[rows]
                 chunk[start : start + count].copy_(part, non_blocking=True)
             else:
-                chunk.index_copy_(0, slots, pages[rows].to("cpu"))
+                chunk.index_copy_(0, slots, stored[rows].to("cpu"))
 
-    def read(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
-        """Copy the pages of ids [n] into `out` [n, 2, P, D] (new CPU memory by default)."""
+    def read(self, ids: Tensor) -> Tensor:
+        """The pages of ids [n] in the model's dtype, in new CPU memory: [n, 2, P, D]."""
+        return self.layout.decode(self.gather(ids))
+
+    def gather(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """Copy the pages of ids [n], as they are stored, into `out` [n, *stored_shape] (new CPU
+        memory by default)."""
         if out is None:
-            out = torch.empty(len(ids), *self.layout.page_shape, dtype=self.layout.dtype)
+            out = torch.empty(len(ids), *self.layout.stored_shape, dtype=self.layout.stored_dtype)
         for chunk, rows, slots in self._by_chunk(ids):
             if len(rows) == len(ids):
                 torch.index_select(chunk, 0, slots, out=out)
@@ -171,9 +179,9 @@ class HostArena:
             self._release(self._dropped.popleft())
 
     def _new_chunk(self) -> Tensor:
-        shape = (self.pages_per_chunk, *self.layout.page_shape)
+        shape = (self.pages_per_chunk, *self.layout.stored_shape)
         with torch.inference_mode(False):
-            return torch.empty(shape, dtype=self.layout.dtype, pin_memory=self.pin)
+            return torch.empty(shape, dtype=self.layout.stored_dtype, pin_memory=self.pin)
 
     def _by_chunk(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each chunk that holds some of ids [n]: (chunk, positions in ids, slots in it)."""

@@ -20,7 +20,7 @@ def host_read() -> float:
 
 
 def host_gather(*, is_pinned: bool) -> float:
-    """Bytes a second of pages of 4 KiB that `HostArena.read` puts into one buffer."""
+    """Bytes a second of pages of 4 KiB that `HostArena.gather` puts into one buffer."""
     layout = KVLayout(8, 128, torch.bfloat16)
     size = _room() // 4
     arena = HostArena(layout, MemoryBudget(8 * size), pin=False, chunk_bytes=size)
@@ -31,7 +31,7 @@ def host_gather(*, is_pinned: bool) -> float:
     out = torch.empty(shape, dtype=layout.dtype, pin_memory=is_pinned)
     some = ids[torch.randperm(len(ids))[: len(out)]]
     out = out[: len(some)]
-    return out.nbytes / best_seconds(lambda: arena.read(some, out=out), repeats=3)
+    return out.nbytes / best_seconds(lambda: arena.gather(some, out=out), repeats=3)
 
 
 def _room() -> int:

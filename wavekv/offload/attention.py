@@ -86,16 +86,21 @@ def attend_chunk(
     state = merge_state(*state, *before)
     for block in stream_pages(paged, query.device):
         state = merge_state(*state, *attend(block.keys, block.values, valid=block.valid))
-        counters.bytes_to_device += 2 * block.keys.nbytes
+        counters.bytes_to_device += block.stored_bytes
     return state
 
 
 def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters: Counters) -> State:
     if query.device.type == "cpu":
         counters.bytes_to_device += paged.page_ids.view.numel() * paged.arena.layout.page_bytes
-        ids, counts = paged.page_ids.view, paged.counts.view
         return attend_pages(
-            query, paged.arena.chunks, ids, counts, scale=logits.scale, softcap=logits.softcap
+            query,
+            paged.arena.chunks,
+            paged.page_ids.view,
+            paged.counts.view,
+            scale=logits.scale,
+            softcap=logits.softcap,
+            codec=paged.arena.layout.codec,
         )
     state: State | None = None
     for block in stream_pages(paged, query.device):
@@ -108,7 +113,7 @@ def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters:
             softcap=logits.softcap,
         )
         state = part if state is None else merge_state(*state, *part)
-        counters.bytes_to_device += 2 * block.keys.nbytes
+        counters.bytes_to_device += block.stored_bytes
     assert state is not None
     return state[0][:, :, 0], state[1][:, :, 0]
 
@@ -121,15 +126,16 @@ def _attend_chosen(
     is_page, index = on_host >= 0, on_host.clamp_min(0)
     ids = paged.page_ids.view.gather(2, index).masked_fill_(~is_page, -1)
     counts = paged.counts.view.gather(2, index).masked_fill_(~is_page, 0)
-    chunks, local_ids = fetch_pages(paged, ids, query.device)
+    pages = fetch_pages(paged, ids, query.device)
     counters.bytes_to_device += int(is_page.sum()) * paged.arena.layout.page_bytes
     state = attend_pages(
         query,
-        chunks,
-        local_ids,
+        pages.chunks,
+        pages.ids,
         counts.to(query.device),
         scale=logits.scale,
         softcap=logits.softcap,
+        codec=pages.codec,
     )
     return state, counts.sum(-1)
 

@@ -169,7 +169,7 @@ def build_segment(
     scatter = scatter_by_span(
         formed.keys, formed.values, formed.counts, first_page=first_page, span_pages=span_pages
     )
-    arena.write(page_ids, formed.pages)
+    arena.write(page_ids, formed.pages, formed.counts.flatten())
     token_ids = formed.token_ids
     token_ids = torch.where(token_ids >= 0, token_ids + start, -1)
 

@@ -9,6 +9,7 @@ import torch
 from wavekv.config import OffloadConfig, parse_size
 from wavekv.errors import CapacityError
 from wavekv.kernels.step import StepShape
+from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.packed import PackedRows
@@ -73,7 +74,7 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
         num_pages=paged.num_pages,
         sinks=zone.num_sink_slots,
         span_pages=paged.scatter.span_pages,
-        page_bytes=paged.arena.layout.page_bytes,
+        layout=paged.arena.layout,
         free_memory=_free_memory(query.device),
     )
 
@@ -88,11 +89,12 @@ def step_shape(
     num_pages: int,
     sinks: int,
     span_pages: int,
-    page_bytes: int,
+    layout: KVLayout,
     free_memory: int,
 ) -> StepShape:
     """The sizes of an engine for `layers` contexts of sizes (B, Hkv, D) that hold `num_tokens`,
-    `num_pages` pages of each KV head among them (pure). free_memory: bytes of the device.
+    `num_pages` pages of each KV head among them, stored as `layout` says (pure). free_memory:
+    bytes of the device.
 
     Raises:
         CapacityError: device_budget does not hold the pages of one step.
@@ -111,7 +113,7 @@ def step_shape(
         page_size=P,
         capacity=capacity,
         most=most,
-        slots=_num_slots(config, most, layers * B * H * page_bytes, free_memory),
+        slots=_num_slots(config, most, layers * B * H * layout.dense_bytes, free_memory),
         misses=min(most, config.max_misses or most),
         sinks=sinks,
         ring=config.window + 2 * config.append_segment,
@@ -119,6 +121,7 @@ def step_shape(
         scale=1.0,
         top_p=config.top_p,
         tail=config.tail_estimate,
+        codec=layout.codec,
         is_wide=config.prefetch == "runners-up",
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wavekv.index import page_scatter
 from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
+from wavekv.kernels.page_codec import encode_pages
 from wavekv.kernels.step import PAGES, START, StepArena, StepShape
 from wavekv.offload.builder import form_pages
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
@@ -141,7 +142,10 @@ class Growth:
             torch.where(token_ids >= 0, token_ids + start, -1).view(self._token_ids.shape)
         )
         self._counts.copy_(formed.counts.view(self._counts.shape))
-        self.ops.store(formed.pages, self._arena_ids.flatten(), self.arena)
+        stored = formed.pages
+        if shape.codec is not None:
+            stored = encode_pages(stored, formed.counts.flatten(), shape.codec)
+        self.ops.store(stored, self._arena_ids.flatten(), self.arena)
         pages = first + torch.arange(n, device=device)
         # a segment may begin in one span and end in the next
         span = first // shape.span_pages

@@ -39,7 +39,7 @@ class OffloadRuntime:
 
     def arena(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> HostArena:
         """The arena for pages of a layer; pinned where `device` is a CUDA device."""
-        layout = KVLayout(self.config.page_size, head_dim, dtype)
+        layout = KVLayout(self.config.page_size, head_dim, dtype, self.config.host_dtype)
         key = layout, device.type == "cuda"
         if key not in self.arenas:
             self.arenas[key] = HostArena(layout, self.budget, pin=key[1])

@@ -16,6 +16,7 @@ from wavekv.growing import GrowingTensor
 from wavekv.index.segments import cut_segments
 from wavekv.kernels import step_reference
 from wavekv.kernels.step import StepArena, StepShape, StepSteady, empty_scratch
+from wavekv.kvstore import KVLayout
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer
 from wavekv.offload.engine_shape import step_shape
@@ -52,8 +53,8 @@ class CacheBytes:
     host_pages: int
     host_tables: int
     """Where pages are and which tokens they hold."""
-    page: int
-    """One page."""
+    layout: KVLayout
+    """Of one page."""
     num_pages: int
     """N, of a KV head."""
     grown: float
@@ -76,22 +77,20 @@ def cache_bytes(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) ->
         "scatter": paged.scatter.spans.nbytes,
     }
     tables = (paged.page_ids, paged.counts, paged.token_ids)
-    page = paged.arena.layout.page_bytes
+    layout = paged.arena.layout
     return CacheBytes(
         index={name: layers * size for name, size in index.items()},
         steady=layers * layer.steady.nbytes,
-        host_pages=layers * shape.batch * shape.kv_heads * pages * page,
+        host_pages=layers * shape.batch * shape.kv_heads * pages * layout.page_bytes,
         host_tables=layers * pages * sum(part.row_nbytes for part in tables),
-        page=page,
+        layout=layout,
         num_pages=pages,
         grown=_room_for_pages(config, shape.num_tokens) / max(1, pages),
         local_tokens=_room_for_local(config, shape.num_tokens),
     )
 
 
-def engine_step_shape(
-    config: OffloadConfig, shape: CacheShape, *, page_bytes: int, free_memory: int
-) -> StepShape:
+def engine_step_shape(config: OffloadConfig, shape: CacheShape, *, free_memory: int) -> StepShape:
     """The `StepShape` of an engine for this cache. free_memory: bytes of the device.
 
     Raises:
@@ -107,7 +106,7 @@ def engine_step_shape(
         num_pages=num_pages(config, shape.num_tokens),
         sinks=layer.steady.num_sink_slots,
         span_pages=layer.paged.scatter.span_pages,
-        page_bytes=page_bytes,
+        layout=layer.paged.arena.layout,
         free_memory=free_memory,
     )
 

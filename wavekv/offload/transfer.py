@@ -13,10 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wavekv.kernels.page_codec import PageCodec
 from wavekv.offload.paged import PagedZone
 
 BLOCK_BYTES = 32 << 20
 """Bytes of pages that are brought at once when all are streamed."""
+
+
+class ReadablePages(NamedTuple):
+    """Pages as `attend_pages` takes them."""
+
+    chunks: list[Tensor]
+    ids: Tensor
+    """[B, Hkv, M] int64 pages in the chunks, -1 for none."""
+    codec: PageCodec | None
+    """The form that they are in, if not [2, P, D]."""
 
 
 class Block(NamedTuple):
@@ -28,25 +39,26 @@ class Block(NamedTuple):
     """[B, Hkv, S, D]."""
     valid: Tensor | None
     """[B, Hkv, S] bool; None if all slots hold a token."""
+    stored_bytes: int
+    """What the pages take where they are stored."""
 
 
-def fetch_pages(
-    zone: PagedZone, page_ids: Tensor, device: torch.device
-) -> tuple[list[Tensor], Tensor]:
-    """Make pages readable from `device`: (chunks, ids into them) as `attend_pages` takes them.
+def fetch_pages(zone: PagedZone, page_ids: Tensor, device: torch.device) -> ReadablePages:
+    """Make pages readable from `device`.
 
     page_ids: [B, Hkv, M] arena ids on the host, -1 for none.
     """
     if device.type == "cpu":
-        return zone.arena.chunks, page_ids
+        return ReadablePages(zone.arena.chunks, page_ids, zone.arena.layout.codec)
     wanted = page_ids.reshape(-1)
     present = (wanted >= 0).nonzero().squeeze(1)
     local = torch.full_like(wanted, -1)
     local[present] = torch.arange(len(present))
     # one row at least: kernels take no chunk of none
     pages = _staging(zone, max(1, len(present)))
-    zone.arena.read(wanted[present], out=pages[: len(present)])
-    return [pages.to(device)], local.reshape(page_ids.shape).to(device)
+    zone.arena.gather(wanted[present], out=pages[: len(present)])
+    chunk = zone.arena.layout.decode(pages.to(device))
+    return ReadablePages([chunk], local.reshape(page_ids.shape).to(device), None)
 
 
 def stream_pages(zone: PagedZone, device: torch.device) -> Iterator[Block]:
@@ -93,7 +105,7 @@ def _streamed_blocks(
     def start(number: int) -> None:
         ids, side = _ids(zone, blocks[number][0]), sides[number % 2]
         side.copied.synchronize()
-        zone.arena.read(ids, out=side.staging[: len(ids)])
+        zone.arena.gather(ids, out=side.staging[: len(ids)])
         with torch.cuda.stream(copy):
             copy.wait_event(side.used)
             side.pages[: len(ids)].copy_(side.staging[: len(ids)], non_blocking=True)
@@ -105,7 +117,8 @@ def _streamed_blocks(
             start(number + 1)
         side = sides[number % 2]
         compute.wait_event(side.copied)
-        yield _dense(zone, side.pages[: len(_ids(zone, index))], index, masked)
+        pages = zone.arena.layout.decode(side.pages[: len(_ids(zone, index))])
+        yield _dense(zone, pages, index, masked)
         side.used.record(compute)
 
 
@@ -124,13 +137,15 @@ def _dense(zone: PagedZone, pages: Tensor, index: Tensor, masked: bool) -> Block
     n, (_, P, D) = len(index), zone.arena.layout.page_shape
     pages = pages.reshape(B, H, n, 2, P, D)
     keys, values = (pages[:, :, :, half].reshape(B, H, n * P, D) for half in range(2))
+    stored_bytes = B * H * n * zone.arena.layout.page_bytes
     if not masked:
-        return Block(keys, values, None)
+        return Block(keys, values, None, stored_bytes)
     counts = zone.counts.view[:, :, index, None].to(pages.device)
     valid = torch.arange(P, device=pages.device) < counts
-    return Block(keys, values, valid.reshape(B, H, n * P))
+    return Block(keys, values, valid.reshape(B, H, n * P), stored_bytes)
 
 
 def _staging(zone: PagedZone, num_pages: int) -> Tensor:
     layout = zone.arena.layout
-    return torch.empty(num_pages, *layout.page_shape, dtype=layout.dtype, pin_memory=True)
+    size = num_pages, *layout.stored_shape
+    return torch.empty(size, dtype=layout.stored_dtype, pin_memory=True)

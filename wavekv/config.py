@@ -44,8 +44,9 @@ class OffloadConfig:
     """Stretch of a prompt that is clustered at once: `page_size` times a power of two."""
     append_segment: int = 256
     """Stretch of generated tokens that is clustered at once: `page_size` times a power of two."""
-    prefill_chunk: int = 8192
-    """Tokens that one forward of a prefill takes."""
+    prefill_chunk: int | None = None
+    """Tokens that one forward of a prefill takes. None: 8192 on a CPU; on CUDA 32768, or less where
+    the tensors of such a forward would take more than a quarter of the free memory."""
     cpu_budget: float | int | str = 0.8
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
     host_dtype: Literal["model", "int8", "int4", "int4-int2"] = "model"
@@ -53,8 +54,9 @@ class OffloadConfig:
     as integers of 8 bits, of 4, or of 4 and 2, with a range for each channel of a page: 63, 38 or
     32 % of the bytes of bfloat16 pages of 8 tokens (docs/accuracy.md has what they cost)."""
     device_budget: float | int | str = 0.5
-    """Device memory for pages that stay resident between decode steps (CUDA): bytes, "8GiB", or a
-    float share of what is free. No more than eight budgets of pages are ever held."""
+    """Device memory for pages (CUDA): bytes, "8GiB", or a float share of what is free. A prefill
+    keeps the tokens there that it pages out, as many as fit, and streams the others in each chunk;
+    it frees all of it at its end. Decode steps keep up to eight budgets of pages there."""
     max_misses: int | None = None
     """Pages that a KV head waits for in a captured step. Others that it chose and that are not on
     the device, those of the lowest rank, are estimated in this step and fetched for the next. None
@@ -75,8 +77,10 @@ class OffloadConfig:
         _check_share_or_count("budget", self.budget)
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"top_p must be a number in (0, 1] or None, got {self.top_p!r}")
-        for name in ("page_size", "window", "prefill_chunk", "refine"):
+        for name in ("page_size", "window", "refine"):
             _check_count(name, getattr(self, name), least=1)
+        if self.prefill_chunk is not None:
+            _check_count("prefill_chunk", self.prefill_chunk, least=1)
         for name in ("min_budget", "num_sink_tokens"):
             _check_count(name, getattr(self, name), least=0)
         for name in ("segment", "append_segment"):

@@ -14,7 +14,6 @@ from wavekv.machine import Rates
 
 RATES = Rates(
     host_read=1e10,
-    host_gather=2e9,
     disk_sequential=1e9,
     disk_random=1e8,
     page_build=1e5,

@@ -18,6 +18,7 @@ KEYS = {
     "batch",
     "dtype",
     "budget",
+    "prefill_chunk",
     "machine",
     "device_bytes",
     "host_bytes",
@@ -59,7 +60,7 @@ def test_settings_reach_the_estimate(capsys) -> None:
     assert ask("--budget", "512")["budget"] == 512
     small = ask("--device-budget", "1.5GiB")["device_bytes"]["pool"]
     assert 1.4 * 2**30 < small < 1.6 * 2**30 < plain["device_bytes"]["pool"]
-    assert ask("--prefill-chunk", "1024")["prefill"] != plain["prefill"]
+    assert ask("--prefill-chunk", "1024")["prefill_chunk"] == 1024 < plain["prefill_chunk"]
     assert ask("--cpu-budget", "1GiB")["problems"]
     coded = ask("--host-dtype", "int8")
     for name in ("host_bytes", "pcie_bytes_per_token"):

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +15,9 @@ from wavekv.estimate import Estimate, estimate
 from wavekv.estimate.decode import decode_step
 from wavekv.estimate.fit import STEP, longest_that_fits
 from wavekv.estimate.model import ModelShape, model_shape
-from wavekv.estimate.prefill import attention_flops, prefill_time, streamed_bytes
+from wavekv.estimate.prefill import attention_flops, streamed_bytes
 from wavekv.estimate.step_bytes import StepBytes, hit_rate
 from wavekv.machine import MachineRecord
-from wavekv.offload.sizes import CacheShape, cache_bytes
 
 H100 = MachineRecord.read(Path(__file__).parents[2] / "bench" / "results" / "machine_h100.json")
 CPU = replace(
@@ -129,15 +127,14 @@ def test_a_step_waits_for_the_longer_of_bus_and_estimate() -> None:
 
 
 def test_a_prefill_is_limited_by_arithmetic_or_the_bus() -> None:
-    config, shape = OffloadConfig(), CacheShape(8, 1, 4, 4, 64, torch.bfloat16, 1 << 17)
-    cache = cache_bytes(config, shape, is_packed=True)
-    slow = replace(H100.rates, h2d=1e9)
-    quick = prefill_time(MODEL, config, shape, cache, H100.rates)
-    bound = prefill_time(MODEL, config, shape, cache, slow)
-    assert "limited by arithmetic" in quick.how
-    assert "limited by the bus" in bound.how
-    assert bound.seconds == pytest.approx(streamed_bytes(config, cache) / 1e9)
-    assert bound.floor == quick.floor < quick.seconds
+    slow = replace(H100, rates=replace(H100.rates, h2d=1e9))
+    options = {"prefill_chunk": 8192, "device_budget": "512MiB"}
+    quick, bound = foresee(1 << 17, **options), foresee(1 << 17, machine=slow, **options)
+    assert "limited by arithmetic" in quick.prefill.how
+    assert "limited by the bus" in bound.prefill.how
+    moved = streamed_bytes(bound.shape, bound.needs)
+    assert bound.prefill.seconds == pytest.approx(moved / 1e9)
+    assert bound.prefill.floor == quick.prefill.floor < quick.prefill.seconds
 
 
 def test_operations_of_attention() -> None:
@@ -150,13 +147,24 @@ def test_operations_of_attention() -> None:
 
 
 def test_every_chunk_brings_back_the_pages_before_it() -> None:
-    config = OffloadConfig(prefill_chunk=8192)
-    shape = CacheShape(1, 1, 1, 1, 64, torch.float32, 8192 * 5)
-    cache = cache_bytes(config, shape, is_packed=True)
-    of_chunk = 8192 * 2 * 64 * 4
-    # the fifth chunk's own tokens are not streamed, and the window keeps the fourth's from pages
-    assert streamed_bytes(config, cache) <= (1 + 2 + 3 + 4) * of_chunk
-    assert streamed_bytes(config, cache) >= (1 + 2 + 3) * of_chunk
+    of_chunk = 8192 * 2 * 64 * 2 * 4 * 8
+    it = foresee(8192 * 5, prefill_chunk=8192, device_budget=900 << 20)
+    blocks = 3 * 40960 * 2 * 64 * 2 * 4
+    resident = ((900 << 20) - blocks) // (of_chunk // 8192)
+    assert it.needs.resident_tokens == min(resident, 4 * 8192)
+    assert streamed_bytes(it.shape, it.needs) == 0
+    none = replace(it.needs, resident_tokens=0)
+    assert streamed_bytes(it.shape, none) == (1 + 2 + 3 + 4) * of_chunk
+    some = replace(it.needs, resident_tokens=2 * 8192)
+    assert streamed_bytes(it.shape, some) == (1 + 2) * of_chunk
+
+
+def test_chunks_are_shorter_where_memory_is_short() -> None:
+    assert foresee().needs.prefill_chunk == 32768
+    assert foresee(machine=CPU).needs.prefill_chunk == 8192
+    tight = replace(H100, device_memory=3 << 30)
+    assert foresee(machine=tight).needs.prefill_chunk < 32768
+    assert foresee(prefill_chunk=100).needs.prefill_chunk == 100
 
 
 def test_hit_rates_of_pools() -> None:

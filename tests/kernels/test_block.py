@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wavekv.kernels import block, merge_state
-from wavekv.kernels.block import attend_block, attend_block_reference
+from wavekv.kernels import block, fused, merge_state
+from wavekv.kernels.block import attend_block, attend_block_reference, attend_into
 
 State = tuple[Tensor, Tensor]
 
@@ -211,3 +211,85 @@ def test_large_logits_neither_overflow_nor_vanish(device: torch.device) -> None:
         options = {"scale": 300.0, "valid": valid, "causal": causal}
         actual = attend_block(q, k, v, **options)
         assert_same(actual, attend_block_reference(q, k, v, **options), 1e-3)
+
+
+@given(
+    seed=SEEDS,
+    dims=DIMS,
+    queries=SIZES,
+    cuts=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    mask=MASKS,
+)
+def test_blocks_one_after_another_are_one_block(device, seed, dims, queries, cuts, mask) -> None:
+    keys = sum(cuts) + 1
+    q, k, v, valid = make_block(seed, **dims, queries=queries, keys=keys, mask=mask, device=device)
+    state, start = None, 0
+    for length in [*cuts, 1]:
+        part = slice(start, start + length)
+        seen = None if valid is None else valid[..., part]
+        state = attend_into(state, q, k[:, :, part], v[:, :, part], scale=0.3, valid=seen)
+        start += length
+    assert state is not None
+    assert_same(state, attend_block(q, k, v, scale=0.3, valid=valid))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_in_half_precision_merge_in_float32(device, dtype) -> None:
+    q, k, v, _ = make_block(8, 2, 2, 2, 64, 65, 130, "none", device, dtype)
+    state = None
+    for part in (slice(0, 65), slice(65, 130)):
+        state = attend_into(state, q, k[:, :, part], v[:, :, part], scale=0.125)
+    assert state is not None
+    expected = attend_block_reference(q.float(), k.float(), v.float(), scale=0.125)
+    assert_same(state, expected, 2e-2 if dtype == torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("least", [1, 10**9])
+def test_large_blocks_by_cudnn_and_by_flash(monkeypatch, dtype, width, causal, least) -> None:
+    monkeypatch.setattr(fused, "CUDNN_LEAST", least)
+    device = torch.device("cuda:0")
+    q, k, v, _ = make_block(9, 1, 2, 4, width, 1500, 1500, "none", device, dtype)
+    if not causal:  # a view into a longer buffer, as of pages that are kept on the device
+        k, v = (torch.nn.functional.pad(x, (0, 0, 0, 333))[:, :, :1500] for x in (k, v))
+    options = {"scale": width**-0.5, "causal": causal}
+    expected = attend_block_reference(q, k, v, **options)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3
+    assert_same(attend_block(q, k, v, **options), expected, tolerance)
+
+
+@pytest.mark.gpu
+def test_cudnn_is_chosen_where_it_was_measured_faster() -> None:
+    """Not a matter of taste: flash takes twice the time on an H200 (heads of 128, half precision).
+    A version of torch or cuDNN that fails here needs a look at `cudnn_agrees`."""
+    device = torch.device("cuda:0")
+    if torch.cuda.get_device_capability(device)[0] < 9:
+        pytest.skip("measured on Hopper")
+    q = torch.randn(1, 2, 2048, 128, device=device, dtype=torch.bfloat16)
+    for causal in (False, True):
+        assert fused.fused_operator(q, q, q, None, causal) == "cudnn"
+        assert fused.fused_operator(q, q, q[:, :, :2047], None, causal) == "cudnn"
+        assert fused.fused_operator(q[:, :, :5], q, q, None, causal) == "flash"
+
+
+def test_an_operator_that_refuses_or_errs_is_not_used(monkeypatch) -> None:
+    """The probe of cuDNN, on a CPU with stand-ins."""
+
+    def refuse(*_: object) -> State:
+        raise RuntimeError("no such head dimension")
+
+    def in_bits(operator, query, keys, values, scale, valid, causal) -> State:
+        out, lse = attend_block_reference(query, keys, values, scale=scale, causal=causal)
+        return out, lse / math.log(2)
+
+    def right(operator, query, keys, values, scale, valid, causal) -> State:
+        return attend_block_reference(query, keys, values, scale=scale, causal=causal)
+
+    for stand_in, agrees in ((refuse, False), (in_bits, False), (right, True)):
+        monkeypatch.setattr(fused, "run_fused", stand_in)
+        for causal in (False, True):
+            probe = fused.cudnn_agrees.__wrapped__
+            assert probe(torch.device("cpu"), torch.float32, 16, causal) == agrees

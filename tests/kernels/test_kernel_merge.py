@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wavekv.kernels import cpu_merge, reference
+from wavekv.kernels import cpu_merge, merge_state_, reference
 
 
 @pytest.mark.parametrize("name", ["merge_serial", "merge_parallel"])
@@ -22,3 +22,44 @@ def test_each_merge_writes_every_row(name: str, rows: int, width: int) -> None:
 def test_the_cache_on_disk_can_tell_the_merges_apart() -> None:
     names = {cpu_merge.merge_serial.py_func, cpu_merge.merge_parallel.py_func}
     assert len({function.__qualname__ for function in names}) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 5, 20), (1, 2, 130, 64), (2, 2, 33, 128), (1, 2, 0, 8)]
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merging_in_place_is_merging(device, dtype, shape, transposed) -> None:
+    """The Triton kernel, on a CPU in its interpreter; a part may lie as [B, T, H, D]."""
+    states = pytest.importorskip("wavekv.kernels.cuda.states")
+    out, part = (x.to(device) for x in torch.randn(2, *shape))
+    lse, part_lse = (x.to(device) for x in 5 * torch.randn(2, *shape[:3]))
+    lse.view(-1)[::3] = -torch.inf
+    part_lse.view(-1)[::2] = -torch.inf
+    part = part.to(dtype)
+    if transposed:
+        part = part.transpose(1, 2).contiguous().transpose(1, 2)
+        part_lse = part_lse.transpose(1, 2).contiguous().transpose(1, 2)
+    expected = reference.merge_state(out, lse, part, part_lse)
+    states.merge_into(out, lse, part, part_lse)
+    torch.testing.assert_close((out, lse), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_merging_into_what_has_gaps_is_an_error(device: torch.device) -> None:
+    states = pytest.importorskip("wavekv.kernels.cuda.states")
+    out, part = (x.to(device) for x in torch.randn(2, 1, 2, 3, 4))
+    lse = torch.zeros(1, 2, 3, device=device)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        states.merge_into(out.mT.contiguous().mT, lse, part, lse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_that_may_use_the_first_state_is_a_merge(device, dtype) -> None:
+    out, part = (x.to(device) for x in torch.randn(2, 2, 3, 7, 8))
+    lse, part_lse = (x.to(device) for x in torch.randn(2, 2, 3, 7))
+    part = part.to(dtype)
+    expected = reference.merge_state(out, lse, part, part_lse)
+    actual = merge_state_(out, lse, part, part_lse)
+    torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="states must be out"):
+        merge_state_(*actual, part, part_lse[:1])

@@ -238,3 +238,27 @@ def test_pages_are_stored_as_small_integers(device, host_dtype: str, shuffled: b
     error = (expected - pages.cpu()).float()[counts.cpu() == 4].abs().mean(dim=(0, 2, 3))
     largest = {"int8": (0.02, 0.02), "int4": (0.2, 0.2), "int4-int2": (0.2, 0.7)}[host_dtype]
     assert all(found < most for found, most in zip(error.tolist(), largest, strict=True))
+
+
+@given(
+    chunk=st.integers(1, 6), ids=st.lists(st.integers(0, 23), max_size=24), ordered=st.booleans()
+)
+def test_runs_are_the_pages_in_order(chunk: int, ids: list[int], ordered: bool) -> None:
+    arena = make_arena(chunk)
+    all_ids = arena.allocate(24)
+    pages = torch.randn(24, *LAYOUT.page_shape)
+    arena.write(all_ids, pages)
+    wanted = torch.tensor(sorted(set(ids)) if ordered else ids, dtype=torch.int64)
+    position = 0
+    for start, run in arena.runs(wanted):
+        assert start == position
+        assert torch.equal(run, pages[wanted[start : start + len(run)]])
+        position += len(run)
+    assert position == len(wanted)
+
+
+def test_pages_allocated_at_once_are_a_run_in_each_chunk() -> None:
+    arena = make_arena(chunk_pages=5)
+    arena.allocate(3)
+    runs = arena.runs(arena.allocate(12))
+    assert [(start, len(run)) for start, run in runs] == [(0, 2), (2, 5), (7, 5)]

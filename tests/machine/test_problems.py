@@ -32,7 +32,6 @@ SOUND = Environment(
 )
 RATES = Rates(
     host_read=1e11,
-    host_gather=1e10,
     disk_sequential=1e9,
     disk_random=1e8,
     page_build=1e7,

@@ -15,7 +15,6 @@ from wavekv.machine.record import VERSION, cache_file
 
 RATES = Rates(
     host_read=1e10,
-    host_gather=2e9,
     disk_sequential=1e9,
     disk_random=1e8,
     page_build=1e5,

@@ -544,7 +544,7 @@ def test_pages_that_cannot_be_built(wrapped: Wrap, monkeypatch: pytest.MonkeyPat
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("cannot build")
 
-    monkeypatch.setattr(context, "build_segment", broken)
+    monkeypatch.setattr(context, "build_segments", broken)
     with pytest.raises(RuntimeError, match="cannot build"):
         model.prefill(ids, cache)
     monkeypatch.undo()

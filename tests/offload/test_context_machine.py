@@ -25,6 +25,7 @@ from wavekv.index import page_scatter
 from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
 from wavekv.offload import LayerContext
 from wavekv.offload.paged import PagedZone
+from wavekv.offload.runtime import PrefillPlan
 
 HEADS = 2
 NEVER = 10**6  # padding that long is a row without any token
@@ -88,13 +89,19 @@ class ContextMachine(RuleBasedStateMachine):
         pair=pairs,
         chunks=st.lists(st.integers(1, 60), min_size=1, max_size=3),
         masked=st.booleans(),
+        resident=st.sampled_from([None, 0, 50, NEVER]),
     )
-    def prefill(self, pair: Pair, chunks: list[int], masked: bool) -> None:
-        pair.context.runtime.is_prefilling = True
+    def prefill(self, pair: Pair, chunks: list[int], masked: bool, resident: int | None) -> None:
+        runtime = pair.context.runtime
+        runtime.is_prefilling = True
+        if resident is not None:
+            runtime.plan = PrefillPlan(len(pair.tokens) + sum(chunks), resident)
         for count in chunks:
             self.forward(pair, count, masked)
-        pair.context.runtime.is_prefilling = False
+        runtime.is_prefilling, runtime.plan = False, None
+        pair.context.end_prefill()
         pair.context.page_out()
+        self.arena.cancel_orders()
 
     @rule(pair=pairs, count=st.integers(1, 40), masked=st.booleans())
     def several(self, pair: Pair, count: int, masked: bool) -> None:

@@ -21,7 +21,7 @@ class BuildError(Exception):
 
 def failing_builds(monkeypatch, after: int = 0) -> AbstractContextManager[pytest.MonkeyPatch]:
     """Builds fail inside a with block, all but the first `after`."""
-    build, done = context.build_segment, []
+    build, done = context.build_segments, []
 
     def fail(*args, **kwargs) -> paged.SegmentPages:
         if len(done) < after:
@@ -31,7 +31,7 @@ def failing_builds(monkeypatch, after: int = 0) -> AbstractContextManager[pytest
 
     scope = monkeypatch.context()
     patch = scope.__enter__()
-    patch.setattr(context, "build_segment", fail)
+    patch.setattr(context, "build_segments", fail)
     return scope
 
 
@@ -194,7 +194,7 @@ def test_a_build_interrupted_at_its_start_frees_its_pages(monkeypatch) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(context, "build_segment", interrupt)
+        patch.setattr(context, "build_segments", interrupt)
         with pytest.raises(KeyboardInterrupt):
             feed(one, tokens)
     assert one.paged.arena.num_pages == 0

@@ -66,8 +66,6 @@ def check_cache(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) ->
     assert foreseen.host_pages == paged[0].arena.nbytes
     tables = [(zone.page_ids, zone.counts, zone.token_ids) for zone in paged]
     assert foreseen.host_tables == sum(part.nbytes for parts in tables for part in parts)
-    capacity = paged[0].variance.buffer.shape[2]
-    assert round(foreseen.grown * foreseen.num_pages) == capacity
     assert foreseen.local_tokens == room
 
 
@@ -133,7 +131,7 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
         context.settle()
     engine = DecodeEngine(contexts, step_reference)
     shape = replace(SHAPE, num_tokens=SHAPE.num_tokens + 1)
-    step = engine_step_shape(config, shape, free_memory=ENOUGH)
+    step = engine_step_shape(config, shape, free=ENOUGH)
     assert step == engine.shape
 
     def nbytes(tensors: object) -> int:
@@ -156,21 +154,21 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
 def test_a_pool_that_does_not_fit_is_refused() -> None:
     config = config_of(budget=0.5, device_budget=256)
     with pytest.raises(CapacityError, match="raise device_budget"):
-        engine_step_shape(config, SHAPE, free_memory=ENOUGH)
+        engine_step_shape(config, SHAPE, free=ENOUGH)
 
 
 def test_a_share_of_the_device_is_of_what_is_free() -> None:
     config = config_of(budget=0.5, device_budget=0.5)
     rows = SHAPE.layers * SHAPE.batch * SHAPE.kv_heads
     page = cache_bytes(config, SHAPE, is_packed=True).layout.dense_bytes
-    few = engine_step_shape(config, SHAPE, free_memory=2 * 1200 * rows * page)
+    few = engine_step_shape(config, SHAPE, free=2 * 1200 * rows * page)
     assert few.slots == 1200
 
 
 def test_a_million_tokens_take_no_memory_to_foresee() -> None:
     shape = CacheShape(80, 64, 8, 8, 128, torch.bfloat16, 16 << 20)
-    config = OffloadConfig()
+    config = OffloadConfig(prefill_chunk=8192)
     cache = cache_bytes(config, shape, is_packed=True)
     assert cache.host_pages > 200 << 40
-    step = engine_step_shape(config, shape, free_memory=1 << 60)
+    step = engine_step_shape(config, shape, free=1 << 60)
     assert engine_bytes(config, shape, step)["index"] > sum(cache.index.values())

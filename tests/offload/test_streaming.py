@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from offload_cases import D, Tokens, feed, new_context, plain_attention, prefill
 from torch import Tensor
 
-from wavekv.offload import LayerContext, transfer
-from wavekv.offload.transfer import fetch_pages, stream_pages
+from wavekv.kvstore import HostArena
+from wavekv.offload import LayerContext, streaming
+from wavekv.offload.streaming import StreamBuffers, stream_pages
+from wavekv.offload.transfer import fetch_pages
 
 
 def prefilled(device: torch.device, count: int = 300, pads: tuple[int, ...] = (0, 37)):
@@ -23,7 +27,7 @@ def block_pages(monkeypatch: pytest.MonkeyPatch, context: LayerContext, pages: i
     """Let a block hold so many pages of each head."""
     B, H, _ = context.shape
     page_bytes = context.paged.arena.layout.page_bytes
-    monkeypatch.setattr(transfer, "BLOCK_BYTES", B * H * page_bytes * pages)
+    monkeypatch.setattr(streaming, "BLOCK_BYTES", B * H * page_bytes * pages)
 
 
 def rows(keys: Tensor, values: Tensor, valid: Tensor) -> set[tuple[float, ...]]:
@@ -79,6 +83,54 @@ def test_no_pages_no_blocks(device: torch.device) -> None:
     assert list(stream_pages(context.paged, device)) == []
 
 
+class Still:
+    """A stream or an event of a device that does everything at once."""
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *_: None
+
+
+@pytest.mark.parametrize("pages", [1, 7, 40, 1000])
+@pytest.mark.parametrize("pads", [(0,), (0, 37), (0, 10**6, 64)])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize("gathers", [False, True])
+def test_the_buffers_of_a_device_bring_what_the_arena_has(
+    monkeypatch, pages, pads, scattered, gathers
+) -> None:
+    """The way to CUDA without its streams: what is copied where."""
+    context, _ = prefilled(torch.device("cpu"), 700, pads)
+    zone, device = context.paged, torch.device("cpu")
+    if scattered:
+        order = torch.randperm(zone.num_pages)
+        for part in (zone.page_ids, zone.counts, zone.device_counts):
+            part.view.copy_(part.view[:, :, order])
+    block_pages(monkeypatch, context, pages)
+    expected = list(stream_pages(zone, device))
+    monkeypatch.setattr(streaming, "_LEAST_RUN", 10**9 if gathers else 0)
+    monkeypatch.setattr(streaming, "_copy_stream", lambda _: Still())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Still())
+    monkeypatch.setattr(torch.cuda, "Event", Still)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    empty, read = torch.empty, []
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options)
+    )
+    whole = HostArena.gather
+    monkeypatch.setattr(HostArena, "gather", lambda *a, **k: read.append(1) or whole(*a, **k))
+    buffers = StreamBuffers()
+    for _ in range(2):
+        blocks = streaming._streamed_blocks(zone, streaming._blocks(zone, device), device, buffers)
+        for block, wanted in zip(blocks, expected, strict=True):
+            assert torch.equal(block.keys, wanted.keys)
+            assert torch.equal(block.values, wanted.values)
+            assert (block.valid is None) == (wanted.valid is None)
+            assert block.valid is None or torch.equal(block.valid, wanted.valid)
+            assert block.moved == wanted.moved == 2 * block.keys.nbytes
+    assert bool(read) == gathers
+    (held,) = buffers._held.values()
+    assert len(held.sides) == 2
+
+
 @pytest.mark.parametrize("none", [False, True])
 def test_fetched_pages_are_those_of_the_arena(device: torch.device, none: bool) -> None:
     context, _ = prefilled(device)
@@ -104,7 +156,7 @@ def test_a_stream_holds_two_blocks_however_far_the_host_is_ahead(monkeypatch) ->
     device = torch.device("cuda:0")
     context, _ = prefilled(device, count=3000)
     block_pages(monkeypatch, context, 4)
-    block_bytes = transfer.BLOCK_BYTES
+    block_bytes = streaming.BLOCK_BYTES
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -74,7 +74,6 @@ def _environment_rows(it: Environment) -> list[tuple[str, str]]:
 def _rate_rows(rates: Rates) -> list[tuple[str, str]]:
     rows = [
         ("host memory, read", _gb(rates.host_read)),
-        ("host pages, gathered", _gb(rates.host_gather)),
         ("disk, in order", _gb(rates.disk_sequential)),
         ("disk, 8 KiB at random", _gb(rates.disk_random)),
         ("pinned, to the device", _gb(rates.h2d)),

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from wavekv.config import OffloadConfig
 from wavekv.errors import CapacityError
 from wavekv.estimate.model import ModelShape
-from wavekv.estimate.prefill import working_bytes
 from wavekv.kernels.step import StepShape
 from wavekv.machine.record import MachineRecord
+from wavekv.offload.prefill_sizes import (
+    chosen_chunk,
+    forward_bytes,
+    resident_tokens,
+    stream_bytes,
+)
 from wavekv.offload.sizes import (
     CacheBytes,
     CacheShape,
@@ -27,7 +32,10 @@ class Needs:
     """While decoding: weights, layers with windows, index, pool, steady zone, working memory. On a
     CPU what a device would hold."""
     prefill: int
-    """The whole device while the prompt is read."""
+    """The whole device while the prompt is read, with the pages that stay there meanwhile."""
+    prefill_chunk: int
+    resident_tokens: int
+    """Of each sequence, whose pages stay on the device during the prefill."""
     cache: CacheBytes
     """After the prefill. Of the index `device` has more: room for tokens to come."""
     step: StepShape | None
@@ -55,15 +63,33 @@ def needs_of(
     model: ModelShape, config: OffloadConfig, machine: MachineRecord, shape: CacheShape
 ) -> Needs:
     """Of a prefill and the steps after it."""
-    has_device = machine.rates.has_device
+    has_device, T = machine.rates.has_device, shape.num_tokens
+    weights, windows = model.parameters * shape.dtype.itemsize, window_bytes(model, shape)
+    free = max(0, (machine.device_memory or 0) - weights - windows) if has_device else None
+    chunk = chosen_chunk(config, free, lambda size: _forward_bytes(model, shape, size))
+    config = config.override(prefill_chunk=chunk)
     cache = cache_bytes(config, shape, is_packed=has_device)
-    weights, index = model.parameters * shape.dtype.itemsize, sum(cache.index.values())
-    windows = window_bytes(model, shape)
+    index = sum(cache.index.values())
+    token_bytes = 2 * shape.layers * shape.batch * shape.kv_heads * shape.head_dim
+    token_bytes *= shape.dtype.itemsize
+    growing = index + cache.local_tokens * token_bytes + _forward_bytes(model, shape, min(chunk, T))
+    resident = 0
+    if free is not None:
+        stream = stream_bytes(T * token_bytes // shape.layers)
+        growing += stream
+        resident = resident_tokens(
+            config,
+            total=T,
+            chunk=chunk,
+            free=free,
+            needed=growing,
+            stream=stream,
+            token_bytes=token_bytes,
+        )
     step = refusal = None
-    if is_captured(model, machine):
-        free = (machine.device_memory or 0) - weights - windows - index - cache.steady
+    if free is not None and is_captured(model, machine):
         try:
-            step = engine_step_shape(config, shape, free_memory=max(0, free))
+            step = engine_step_shape(config, shape, free=max(0, free - index - cache.steady))
         except CapacityError as error:
             refusal = str(error)
     device = {"index": index, "pool": 0, "steady zone": cache.steady, "working": 0}
@@ -71,14 +97,25 @@ def needs_of(
         held = engine_bytes(config, shape, step)
         device = {"index": held["index"], "pool": held["pool"], "steady zone": held["steady"]}
         device["working"] = held["scratch"] + held["growth"]
-    row = 2 * shape.layers * shape.batch * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
-    growing = round(index * cache.grown) + cache.local_tokens * row
     return Needs(
         device={"weights": weights, "windows": windows, **device},
-        prefill=weights + windows + growing + working_bytes(model, config, shape),
+        prefill=weights + windows + growing + resident * token_bytes,
+        prefill_chunk=chunk,
+        resident_tokens=resident,
         cache=cache,
         step=step,
         refusal=refusal,
+    )
+
+
+def _forward_bytes(model: ModelShape, shape: CacheShape, num_tokens: int) -> int:
+    return forward_bytes(
+        num_tokens * shape.batch,
+        hidden=model.hidden,
+        inner=model.intermediate,
+        num_queries=model.q_heads,
+        head_dim=model.head_dim,
+        itemsize=shape.dtype.itemsize,
     )
 
 

@@ -46,6 +46,7 @@ class Estimate:
             "batch": self.shape.batch,
             "dtype": str(self.shape.dtype).removeprefix("torch."),
             "budget": self.config.budget,
+            "prefill_chunk": needs.prefill_chunk,
             "machine": {"device": self.machine.device, "key": self.machine.key},
             "device_bytes": {
                 **{name.replace(" ", "_"): size for name, size in needs.device.items()},
@@ -54,6 +55,7 @@ class Estimate:
                 "while_prefilling": needs.prefill,
                 "total": needs.total,
                 "available": self.machine.device_memory,
+                "resident_tokens_while_prefilling": needs.resident_tokens,
             },
             "host_bytes": {
                 "pages": cache.host_pages,
@@ -122,7 +124,7 @@ def estimate(
         needs=needs,
         bus_bytes=read.fetched,
         decode=took,
-        prefill=prefill_time(model, config, shape, needs.cache, machine.rates),
+        prefill=prefill_time(model, shape, needs, machine.rates),
         misfits=found,
         fitting_tokens=longest_that_fits(fits, num_tokens) if found else None,
     )

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wavekv.kernels.dispatch import merge_state_
+from wavekv.kernels.fused import fused_operator, run_fused
+
 State = tuple[Tensor, Tensor]
 
 _REFERENCE_LOGITS = 1 << 26
@@ -35,21 +38,30 @@ def attend_block(
     Raises:
         ValueError: causal with S != T.
     """
-    if causal and keys.shape[2] != query.shape[2]:
-        raise ValueError(
-            f"a causal block needs as many keys as queries, got {keys.shape[2]} keys and "
-            f"{query.shape[2]} queries"
-        )
-    if keys.shape[2] == 0 or query.shape[2] == 0:
-        return _empty(query)
-    is_plain = softcap is None and query.dtype == keys.dtype == values.dtype
-    fused = _fused_operator(query, valid) if is_plain else None
-    if fused is None:
-        return attend_block_reference(
-            query, keys, values, scale=scale, valid=valid, causal=causal, softcap=softcap
-        )
-    out, lse = _grouped(fused, query, keys, values, scale, valid, causal)
-    return _without_blind_queries(out, lse, valid, causal)
+    out, lse = _attend(query, keys, values, scale, valid, causal, softcap)
+    return out.float(), lse
+
+
+def attend_into(
+    state: State | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    valid: Tensor | None = None,
+    causal: bool = False,
+    softcap: float | None = None,
+) -> State:
+    """`merge_state` of `state` (None for the empty one) with `attend_block`, in the memory of
+    `state` where the device allows it; use only what is returned.
+
+    The output of a block is read in the dtype that its operator gives, and never copied to float32.
+    """
+    out, lse = _attend(query, keys, values, scale, valid, causal, softcap)
+    if state is None:
+        return out.float().contiguous(), lse.contiguous()
+    return merge_state_(*state, out, lse)
 
 
 def attend_block_reference(
@@ -97,87 +109,52 @@ def _empty(query: Tensor) -> State:
     return out, out.new_full(out.shape[:-1], -torch.inf)
 
 
-def _fused_operator(query: Tensor, valid: Tensor | None) -> str | None:
-    """The fused operator of torch that can serve, if any."""
-    D = query.shape[-1]
-    if query.device.type == "cpu":
-        return "cpu"
-    if query.device.type != "cuda" or D % 8 or D > 256:
-        return None
-    is_half = query.dtype in (torch.float16, torch.bfloat16)
-    return "flash" if is_half and valid is None else "efficient"
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    valid: Tensor | None,
+    causal: bool,
+    softcap: float | None,
+) -> State:
+    """`attend_block`, but out may have the dtype of the query."""
+    if causal and keys.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"a causal block needs as many keys as queries, got {keys.shape[2]} keys and "
+            f"{query.shape[2]} queries"
+        )
+    if keys.shape[2] == 0 or query.shape[2] == 0:
+        return _empty(query)
+    state = None
+    if softcap is None and query.dtype == keys.dtype == values.dtype:
+        state = _grouped(query, keys, values, scale, valid, causal)
+    if state is None:
+        return attend_block_reference(
+            query, keys, values, scale=scale, valid=valid, causal=causal, softcap=softcap
+        )
+    return _without_blind_queries(*state, valid, causal)
 
 
 def _grouped(
-    operator: str,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    valid: Tensor | None,
-    causal: bool,
-) -> State:
-    """Run a fused operator that wants as many key heads as query heads."""
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, valid: Tensor | None, causal: bool
+) -> State | None:
+    """Run a fused operator, which wants as many key heads as query heads; None if none serves."""
     B, Hq, T, D = query.shape
     Hkv = keys.shape[1]
     group = Hq // Hkv
-    if causal:
+    if causal and group > 1:
         keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         if valid is not None and valid.ndim == 3:
             valid = valid.repeat_interleave(group, 1)
-    else:
+    elif group > 1:
         # queries of a group share keys: more rows instead of copies of the keys
         query = query.reshape(B, Hkv, group * T, D)
-    out, lse = _run(operator, query, keys, values, scale, valid, causal)
-    return out.reshape(B, Hq, T, D).float(), lse.reshape(B, Hq, T)
-
-
-def _run(
-    operator: str,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    valid: Tensor | None,
-    causal: bool,
-) -> State:
-    ops = torch.ops.aten
-    if operator == "flash":
-        out, lse = ops._scaled_dot_product_flash_attention(
-            query, keys, values, 0.0, causal, scale=scale
-        )[:2]
-        return out, lse
-    bias = _bias(query, keys, valid)
-    if operator == "cpu":
-        if bias is not None and causal:
-            bias, causal = bias + _causal_bias(query), False
-        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, 0.0, causal, attn_mask=bias, scale=scale
-        )
-        return out, lse
-    # its bias must have rows aligned to 16 bytes, and its lse is padded
-    if bias is not None:
-        padded = bias.new_zeros(*bias.shape[:-1], -(-bias.shape[-1] // 16) * 16)
-        padded[..., : bias.shape[-1]] = bias
-        bias = padded[..., : bias.shape[-1]].expand(-1, query.shape[1], query.shape[2], -1)
-    out, lse = ops._scaled_dot_product_efficient_attention(
-        query, keys, values, bias, True, 0.0, causal, scale=scale
-    )[:2]
-    return out, lse[..., : query.shape[2]]
-
-
-def _bias(query: Tensor, keys: Tensor, valid: Tensor | None) -> Tensor | None:
-    """[B, 1 or Hkv, 1, S]: 0 where a key may be seen, else -inf."""
-    if valid is None:
+    operator = fused_operator(query, keys, values, valid, causal)
+    if operator is None:
         return None
-    seen = valid[:, None] if valid.ndim == 2 else valid
-    bias = torch.zeros(seen.shape, dtype=query.dtype, device=query.device)
-    return bias.masked_fill_(~seen, -torch.inf)[:, :, None]
-
-
-def _causal_bias(query: Tensor) -> Tensor:
-    T = query.shape[2]
-    return query.new_full((T, T), -torch.inf).triu_(1)
+    out, lse = run_fused(operator, query, keys, values, scale, valid, causal)
+    return out.reshape(B, Hq, T, D), lse.reshape(B, Hq, T)
 
 
 def _without_blind_queries(out: Tensor, lse: Tensor, valid: Tensor | None, causal: bool) -> State:

@@ -7,6 +7,8 @@ wrong shape, dtype or device is a ValueError that says what was expected and wha
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -317,12 +319,36 @@ def merge_state(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> S
     Returns the state: out [..., D], lse [...], float32.
     """
     if out_a.shape != out_b.shape or not lse_a.shape == lse_b.shape == out_a.shape[:-1]:
-        raise ValueError(
-            "states must be out [..., D], lse [...] of the same shape, got "
-            + ", ".join(str(tuple(tensor.shape)) for tensor in (out_a, lse_a, out_b, lse_b))
-        )
+        raise ValueError(_unlike_states(out_a, lse_a, out_b, lse_b))
     state: State = _backend(out_a, lse_a, out_b, lse_b).merge_state(out_a, lse_a, out_b, lse_b)
     return state
+
+
+def merge_state_(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> State:
+    """`merge_state` into the memory of the first state, where the device has a kernel for it.
+
+    out_a: [B, H, T, D] float32, contiguous; lse_a: [B, H, T] float32, contiguous. out_b may have
+    any float dtype and strides. Returns the state; the first must not be used afterwards.
+    """
+    if out_a.is_cuda and _has_triton():
+        from wavekv.kernels.cuda.states import merge_into
+
+        if out_a.shape != out_b.shape or not lse_a.shape == lse_b.shape == out_a.shape[:-1]:
+            raise ValueError(_unlike_states(out_a, lse_a, out_b, lse_b))
+        merge_into(out_a, lse_a, out_b, lse_b)
+        return out_a, lse_a
+    return merge_state(out_a, lse_a, out_b, lse_b)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _unlike_states(*parts: Tensor) -> str:
+    return "states must be out [..., D], lse [...] of the same shape, got " + ", ".join(
+        str(tuple(part.shape)) for part in parts
+    )
 
 
 def _backend(*tensors: Tensor) -> ModuleType:

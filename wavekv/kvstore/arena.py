@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wavekv.errors import LayoutError
+from wavekv.errors import CapacityError, LayoutError
+from wavekv.kvstore.ahead import ChunksAhead
 from wavekv.kvstore.budget import MemoryBudget
 from wavekv.kvstore.layout import KVLayout
 
@@ -36,14 +39,19 @@ class HostArena:
         self.layout, self.budget, self.pin = layout, budget, pin
         fitting = min(chunk_bytes, budget.limit // _LEAST_CHUNKS) // layout.page_bytes
         self.pages_per_chunk = max(1, fitting)
+        shape = (self.pages_per_chunk, *layout.stored_shape)
+        self._make_chunk = partial(_new_chunk, shape, layout.stored_dtype, pin)
+        self._ahead = ChunksAhead(self._make_chunk)
+        self._num_ordered = 0
+        self._promised = 0
         # numpy: tensors made inside inference mode could not be changed outside it
         self._references = np.empty(0, dtype=np.int32)
         self._free = np.empty(0, dtype=np.int64)
         self._dropped: deque[NDArray[np.int64]] = deque()
 
     def __del__(self) -> None:
-        if self.chunks:
-            self.budget.give(len(self.chunks) * self._chunk_bytes)
+        self._ahead.cancel()
+        self.budget.give((len(self.chunks) + self._num_ordered) * self._chunk_bytes)
 
     @property
     def capacity(self) -> int:
@@ -77,16 +85,45 @@ class HostArena:
         if lacking <= 0:
             return
         num_chunks = -(-lacking // self.pages_per_chunk)
+        self.budget.check(max(0, num_chunks - self._num_ordered) * self._chunk_bytes)
+        num_chunks -= self._take_ordered(num_chunks)
         self.budget.take(num_chunks * self._chunk_bytes)
         try:
             new = [self._new_chunk() for _ in range(num_chunks)]
         except BaseException:
             self.budget.give(num_chunks * self._chunk_bytes)
             raise
-        start = self.capacity
-        self.chunks += new
-        self._references = np.pad(self._references, (0, self.capacity - start))
-        self._free = np.concatenate([self._free, np.arange(start, self.capacity)])
+        self._adopt(new)
+
+    def order(self, num_pages: int) -> None:
+        """Say that `num_pages` more will be allocated, beside those said before: memory for them is
+        made on another thread, and counts as used from now on.
+
+        Raises:
+            CapacityError: they do not fit the budget; nothing is ordered then.
+        """
+        self._collect()
+        wanted = self._promised + num_pages
+        lacking = wanted - len(self._free) - self._num_ordered * self.pages_per_chunk
+        num_chunks = max(0, -(-lacking // self.pages_per_chunk))
+        self.budget.take(num_chunks * self._chunk_bytes)
+        self._promised = wanted
+        self._num_ordered += num_chunks
+        self._ahead.order(num_chunks)
+
+    def order_ahead(self, num_pages: int) -> None:
+        """Order what a later step will need, if it fits. Only where memory is pinned: elsewhere a
+        chunk takes no time."""
+        if self.pin:
+            with suppress(CapacityError):
+                self.order(num_pages)
+
+    def cancel_orders(self) -> None:
+        """Take back all that was ordered and not allocated; its memory is free again, but for a
+        chunk that is being made."""
+        self._ahead.cancel()
+        self.budget.give(self._num_ordered * self._chunk_bytes)
+        self._num_ordered = self._promised = 0
 
     def allocate(self, num_pages: int) -> Tensor:
         """Return the ids [num_pages] of free pages, each with one reference.
@@ -97,6 +134,7 @@ class HostArena:
         self.reserve(num_pages)
         ids, self._free = self._free[:num_pages].copy(), self._free[num_pages:]
         self._references[ids] = 1
+        self._promised = max(0, self._promised - num_pages)
         return torch.from_numpy(ids)
 
     def retain(self, ids: Tensor) -> None:
@@ -127,7 +165,10 @@ class HostArena:
                 f"pages must be {expected} {self.layout.dtype}, "
                 f"got {tuple(pages.shape)} {pages.dtype}"
             )
-        stored = self.layout.encode(pages, counts)
+        self.put(ids, self.layout.encode(pages, counts))
+
+    def put(self, ids: Tensor, stored: Tensor) -> None:
+        """`write` pages that are encoded: [n, *stored_shape], as `KVLayout.encode` returns them."""
         for chunk, rows, slots in self._by_chunk(ids):
             start, count = int(slots[0]), len(slots)
             if torch.equal(slots, torch.arange(start, start + count)):
@@ -151,6 +192,23 @@ class HostArena:
             else:
                 out[rows] = chunk[slots]
         return out
+
+    def runs(self, ids: Tensor) -> list[tuple[int, Tensor]]:
+        """The pages of ids [n] where they lie: stretches of consecutive ids within a chunk, each as
+        its first position in `ids` and a view [m, *stored_shape] of the chunk."""
+        pages = ids.numpy()
+        if not len(pages):
+            return []
+        begins = (np.diff(pages) != 1) | (pages[1:] % self.pages_per_chunk == 0)
+        starts = np.concatenate([[0], np.flatnonzero(begins) + 1])
+        lengths = np.diff(starts, append=len(pages))
+        where, slots = np.divmod(pages[starts], self.pages_per_chunk)
+        return [
+            (start, self.chunks[chunk][slot : slot + length])
+            for start, length, chunk, slot in zip(
+                *(x.tolist() for x in (starts, lengths, where, slots)), strict=True
+            )
+        ]
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each page is either free or referenced."""
@@ -178,10 +236,24 @@ class HostArena:
         while self._dropped:
             self._release(self._dropped.popleft())
 
+    def _take_ordered(self, count: int) -> int:
+        """Adopt at most `count` of the chunks that were ordered; how many came."""
+        new = self._ahead.take(min(count, self._num_ordered))
+        # void: the system has refused one
+        void = self._num_ordered - len(new) - self._ahead.num_ordered
+        self._num_ordered -= len(new) + void
+        self.budget.give(void * self._chunk_bytes)
+        self._adopt(new)
+        return len(new)
+
+    def _adopt(self, new: list[Tensor]) -> None:
+        start = self.capacity
+        self.chunks += new
+        self._references = np.pad(self._references, (0, self.capacity - start))
+        self._free = np.concatenate([self._free, np.arange(start, self.capacity)])
+
     def _new_chunk(self) -> Tensor:
-        shape = (self.pages_per_chunk, *self.layout.stored_shape)
-        with torch.inference_mode(False):
-            return torch.empty(shape, dtype=self.layout.stored_dtype, pin_memory=self.pin)
+        return self._make_chunk()
 
     def _by_chunk(self, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each chunk that holds some of ids [n]: (chunk, positions in ids, slots in it)."""
@@ -189,3 +261,8 @@ class HostArena:
         for index in torch.unique(where).tolist():
             rows = (where == index).nonzero().squeeze(1)
             yield self.chunks[index], rows, ids[rows] - index * self.pages_per_chunk
+
+
+def _new_chunk(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(shape, dtype=dtype, pin_memory=pin)

@@ -16,7 +16,7 @@ from wavekv.machine.arithmetic import (
 from wavekv.machine.bus import bus_rates
 from wavekv.machine.disk import disk_rates
 from wavekv.machine.environment import Environment
-from wavekv.machine.host import host_gather, host_read
+from wavekv.machine.host import host_read
 from wavekv.machine.rates import Rates
 
 
@@ -36,7 +36,6 @@ def measure(environment: Environment) -> Rates:
             of_device["device_copy"] = device_copy(device)
         rates = Rates(
             host_read=host_read(),
-            host_gather=host_gather(is_pinned=environment.can_pin),
             disk_sequential=sequential,
             disk_random=random,
             page_build=page_build(device),

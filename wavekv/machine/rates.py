@@ -15,8 +15,6 @@ class Rates:
 
     host_read: float
     """Reading CPU memory, all threads."""
-    host_gather: float
-    """Pages from the host arena into one buffer."""
     page_build: float
     """Tokens of a KV head of 128 dimensions a second that become pages."""
     matmul_flops: float

@@ -21,6 +21,7 @@ from wavekv.model_adapters.padding import PaddingRecord
 from wavekv.model_adapters.snapshot import restore, snapshot
 from wavekv.model_adapters.statistics import cache_statistics
 from wavekv.offload import OffloadRuntime
+from wavekv.offload.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from wavekv.model_adapters.graph import CapturedSteps
@@ -255,10 +256,11 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
             yield
             self._check_delivered()
         except BaseException:
-            for layer, state in zip(others, states, strict=True):
-                restore(layer, state)
-            for layer in self.offloaded_layers:
-                layer.roll_back(length, batch)
+            with uninterrupted():
+                for layer, state in zip(others, states, strict=True):
+                    restore(layer, state)
+                for layer in self.offloaded_layers:
+                    layer.roll_back(length, batch)
             raise
 
     def _other_layers(self) -> list[Any]:

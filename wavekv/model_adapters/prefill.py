@@ -14,7 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from wavekv.errors import CacheError
 from wavekv.model_adapters.cache import OffloadedCache
-from wavekv.model_adapters.layer import OffloadedLayer
+from wavekv.model_adapters.prefill_plan import chunk_tokens, plan_prefill
+from wavekv.offload import LayerContext
+from wavekv.offload.runtime import PrefillPlan
 
 
 def prefill(
@@ -29,18 +31,22 @@ def prefill(
     """Take `input_ids` [B, T] into the cache, `prefill_chunk` tokens a forward (see `_chunks`).
 
     attention_mask: [B, cached + T], 0 where a token is padding. Returns the logits [B, V] after the
-    last token, or None if not wanted. If it fails, the cache holds the chunks that were finished.
-    Cost: O(T * (cached + T)) attention.
+    last token, or None if not wanted. If it fails, or is interrupted (Ctrl-C), the cache holds the
+    chunks that were finished. Cost: O(T * (cached + T)) attention.
+
+    Raises:
+        CapacityError: it cannot fit the host or the device; usually found before the first chunk.
     """
     seen = cache.get_seq_length()
     check_shapes(cache, input_ids, attention_mask, seen)
     batch, total = input_ids.shape
-    _reserve_all(model, cache, batch, total)
+    size = chunk_tokens(model, cache, batch)
+    plan = plan_prefill(model, cache, batch, total, size)
     input_ids = input_ids.to(model.device)
     mask = None if attention_mask is None else attention_mask.to(model.device)
     logits = None
-    with _prefilling(cache), _bar(total, progress) as bar:
-        for start, stop in _chunks(cache, seen, total):
+    with _bar(total, progress) as bar, _prefilling(cache, plan):
+        for start, stop in _chunks(cache, seen, total, size):
             needs_head = want_logits and stop == total
             forward = model if needs_head else model.base_model
             inputs = _forward_inputs(
@@ -54,9 +60,6 @@ def prefill(
             if needs_head:
                 logits = out.logits[:, -1]
             bar.update(stop - start)
-    for layer in cache.offloaded_layers:
-        if layer.context is not None:
-            layer.context.page_out()
     return logits
 
 
@@ -86,13 +89,13 @@ def positions(attention_mask: Tensor, num_new: int) -> Tensor:
     return counted.masked_fill(attention_mask == 0, 0)[:, -num_new:]
 
 
-def _chunks(cache: OffloadedCache, seen: int, total: int) -> Iterator[tuple[int, int]]:
+def _chunks(cache: OffloadedCache, seen: int, total: int, size: int) -> Iterator[tuple[int, int]]:
     """(start, stop) of each forward over `total` tokens after `seen` cached ones.
 
     Raises:
         CacheError: the cached tokens would have to be rotated anew.
     """
-    size = first = cache.config.prefill_chunk
+    first = size
     switch = _rotation_switch(cache.model_config)
     if switch is not None and seen + total > switch:
         if 0 < seen <= switch:
@@ -138,46 +141,30 @@ def _forward_inputs(
     return inputs
 
 
-def _reserve_all(model: PreTrainedModel, cache: OffloadedCache, batch: int, total: int) -> None:
-    """Raise CapacityError now if the pages of all `total` tokens will not fit."""
-    config, itemsize = cache.config, model.dtype.itemsize
-    waiting = max(0, total - config.window - config.append_segment)
-    size = 2 * itemsize * waiting * batch * _values_per_token(cache)
-    arenas = cache.runtime.arenas.values()
-    held = sum((a.capacity - a.num_pages) * a.layout.page_bytes for a in arenas)
-    cache.runtime.budget.check(max(0, size - held))
-
-
-def _values_per_token(cache: OffloadedCache) -> int:
-    """KV heads times their size, summed over the offloaded layers: an estimate before any ran."""
-    text, count = cache.model_config, 0
-    configs = getattr(text, "per_layer_config", None) or [text] * len(cache.layers)
-    for layer, config in zip(cache.layers, configs, strict=False):
-        if not isinstance(layer, OffloadedLayer):
-            continue
-        if layer.context is not None:
-            _, heads, dim = layer.context.shape
-        else:
-            heads, dim = _guessed_shape(config)
-        count += heads * dim
-    return count
-
-
-def _guessed_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """(Hkv, D) as configurations call them; rather too little than too much."""
-    num_queries: int = config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or num_queries
-    heads = 1 if getattr(config, "multi_query", False) else heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // num_queries
-
-
 @contextmanager
-def _prefilling(cache: OffloadedCache) -> Iterator[None]:
-    cache.runtime.is_prefilling = True
+def _prefilling(cache: OffloadedCache, plan: PrefillPlan) -> Iterator[None]:
+    """Let layers follow the plan in the body; afterwards, or after an error, nothing is left of it
+    but the tokens."""
+    runtime = cache.runtime
+    runtime.is_prefilling, runtime.plan = True, plan
     try:
         yield
+        runtime.is_prefilling = False
+        for context in _contexts(cache):
+            context.end_prefill()
+            context.page_out()
     finally:
-        cache.runtime.is_prefilling = False
+        runtime.is_prefilling, runtime.plan = False, None
+        for context in _contexts(cache):
+            context.end_prefill()
+        runtime.buffers.clear()
+        for arena in runtime.arenas.values():
+            arena.cancel_orders()
+
+
+def _contexts(cache: OffloadedCache) -> list[LayerContext]:
+    contexts = (layer.context for layer in cache.offloaded_layers)
+    return [context for context in contexts if context is not None]
 
 
 def _bar(total: int, progress: bool) -> Any:

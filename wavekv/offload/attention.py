@@ -5,7 +5,7 @@ Each zone gives an attention state; states merge exactly (docs/architecture.md).
 
 from __future__ import annotations
 
-from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from torch import Tensor
 from wavekv.config import OffloadConfig
 from wavekv.index.retrieval import Logits, choose_pages, estimate_others
 from wavekv.kernels import attend_dense, attend_pages, merge_state
-from wavekv.kernels.block import attend_block
+from wavekv.kernels.block import attend_into
 from wavekv.offload.budget import page_limits
 from wavekv.offload.counters import Counters, StepChoice
 from wavekv.offload.paged import PagedZone
 from wavekv.offload.steady import SteadyZone
-from wavekv.offload.transfer import fetch_pages, stream_pages
+from wavekv.offload.streaming import Block, StreamBuffers, stream_pages
+from wavekv.offload.transfer import fetch_pages
 
 State = tuple[Tensor, Tensor]
 
@@ -30,6 +31,7 @@ def attend_step(
     logits: Logits,
     config: OffloadConfig,
     counters: Counters,
+    buffers: StreamBuffers,
 ) -> State:
     """One decode step. query: [B, Hq, D]; the steady zone holds the query's own token.
 
@@ -42,7 +44,7 @@ def attend_step(
     if paged.num_pages == 0:
         return state
     if config.mode == "exact":
-        return merge_state(*state, *_attend_all_pages(query, paged, logits, counters))
+        return merge_state(*state, *_attend_all_pages(query, paged, logits, counters, buffers))
     least, most = page_limits(config, steady.end)
     pages, use_second = paged.summary, config.tail_estimate == "second"
     choice = choose_pages(
@@ -74,23 +76,39 @@ def attend_chunk(
     paged: PagedZone,
     logits: Logits,
     counters: Counters,
+    buffers: StreamBuffers,
 ) -> State:
     """Exact causal attention of T new tokens to all before them and to each other.
 
     query: [B, Hq, T, D]; keys, values: [B, Hkv, T, D] of the new tokens, not yet in a zone; valid:
     [B, T] or None. Returns out [B, Hq, T, D], lse [B, Hq, T].
     """
-    attend = partial(attend_block, query, scale=logits.scale, softcap=logits.softcap)
-    state = attend(keys, values, valid=valid, causal=True)
-    before = attend(steady.keys.view, steady.values.view, valid=steady.mask)
-    state = merge_state(*state, *before)
-    for block in stream_pages(paged, query.device):
-        state = merge_state(*state, *attend(block.keys, block.values, valid=block.valid))
-        counters.bytes_to_device += block.stored_bytes
+    scale, softcap = logits.scale, logits.softcap
+    state = attend_into(
+        None, query, keys, values, valid=valid, causal=True, scale=scale, softcap=softcap
+    )
+    local = Block(steady.keys.view, steady.values.view, steady.mask, 0)
+    for block in chain([local], stream_pages(paged, query.device, buffers)):
+        state = attend_into(
+            state,
+            query,
+            block.keys,
+            block.values,
+            valid=block.valid,
+            scale=scale,
+            softcap=softcap,
+        )
+        counters.bytes_to_device += block.moved
     return state
 
 
-def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters: Counters) -> State:
+def _attend_all_pages(
+    query: Tensor,
+    paged: PagedZone,
+    logits: Logits,
+    counters: Counters,
+    buffers: StreamBuffers,
+) -> State:
     if query.device.type == "cpu":
         counters.bytes_to_device += paged.page_ids.view.numel() * paged.arena.layout.page_bytes
         return attend_pages(
@@ -103,8 +121,9 @@ def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters:
             codec=paged.arena.layout.codec,
         )
     state: State | None = None
-    for block in stream_pages(paged, query.device):
-        part = attend_block(
+    for block in stream_pages(paged, query.device, buffers):
+        state = attend_into(
+            state,
             query[:, :, None],
             block.keys,
             block.values,
@@ -112,8 +131,7 @@ def _attend_all_pages(query: Tensor, paged: PagedZone, logits: Logits, counters:
             scale=logits.scale,
             softcap=logits.softcap,
         )
-        state = part if state is None else merge_state(*state, *part)
-        counters.bytes_to_device += block.stored_bytes
+        counters.bytes_to_device += block.moved
     assert state is not None
     return state[0][:, :, 0], state[1][:, :, 0]
 

@@ -25,8 +25,13 @@ from wavekv.index.scatter import scatter_by_span
 from wavekv.kernels.means import KEY_BITS, VALUE_BITS, round_rows
 from wavekv.kvstore import HostArena
 from wavekv.offload.paged import SegmentPages
+from wavekv.offload.resident import ResidentPages
 
 T = TypeVar("T")
+
+BATCH_BYTES = 128 << 20
+"""Keys, as float32, of the segments that are built at once. Building a segment is many small
+launches on CUDA: the same number for several of them."""
 
 
 class PageBuilder:
@@ -144,53 +149,98 @@ def rounded_statistics(keys: Tensor, values: Tensor, counts: Tensor) -> PageStat
     )
 
 
-def build_segment(
+def build_segments(
     keys: Tensor,
     values: Tensor,
     valid: Tensor | None,
     *,
     start: int,
+    length: int,
     arena: HostArena,
-    page_ids: Tensor,
+    page_ids: list[Tensor],
     first_page: int,
     span_pages: int,
-) -> SegmentPages:
-    """Cluster the tokens [start, start + S) into pages and write them to the arena.
+    resident: ResidentPages | None = None,
+) -> list[SegmentPages]:
+    """Cluster the tokens [start, start + c * S) into pages, in c segments of length S at once, and
+    write them to the arena.
 
-    keys, values: [B, Hkv, S, D]; valid: [B, S] bool, or None for all; page_ids: [B * Hkv * S / P]
-    allocated in the arena; first_page: the index that the first page will have in its zone, whose
-    spans are of `span_pages`. Cost: O(S log(S / P) D + S D^2) a head (see `balanced_pages`).
+    keys, values: [B, Hkv, c * S, D]; valid: [B, c * S] bool, or None for all; page_ids: for each
+    segment [B * Hkv * S / P] allocated in the arena; first_page: the index that the first page will
+    have in its zone, whose spans are of `span_pages`. resident: takes the pages that are full in
+    every sequence, as far as there is room. Cost: O(S log(S / P) D + S D^2) a head and segment (see
+    `balanced_pages`).
     """
-    B, H, S, D = keys.shape
-    valid_rows = None if valid is None else valid.repeat_interleave(H, 0)
+    B, H = keys.shape[:2]
+    count, num_pages = len(page_ids), length // arena.layout.page_size
+    valid_rows = None if valid is None else _rows(valid[:, None].expand(-1, H, -1), count)
     formed = form_pages(
-        keys.reshape(B * H, S, D), values.reshape(B * H, S, D), valid_rows, arena.layout.page_size
+        _rows(keys, count), _rows(values, count), valid_rows, arena.layout.page_size
     )
-    scatter = scatter_by_span(
-        formed.keys, formed.values, formed.counts, first_page=first_page, span_pages=span_pages
-    )
-    arena.write(page_ids, formed.pages, formed.counts.flatten())
-    token_ids = formed.token_ids
-    token_ids = torch.where(token_ids >= 0, token_ids + start, -1)
+    stored = arena.layout.encode(formed.pages, formed.counts.flatten())
+    arena.put(torch.cat(page_ids), stored)
 
-    def of_heads(x: Tensor) -> Tensor:
-        return x.reshape(B, H, *x.shape[1:])
+    def of_segments(x: Tensor) -> Tensor:
+        """[c, B, Hkv, ...]"""
+        parts: Tensor = x.unflatten(0, (count, B, H))
+        return parts
 
-    return SegmentPages(
-        start=start,
-        length=S,
-        page_ids=page_ids.reshape(B, H, -1),
-        counts=of_heads(formed.counts).cpu(),
-        device_counts=of_heads(formed.counts),
-        token_ids=of_heads(token_ids).cpu(),
-        mean=of_heads(formed.statistics.mean),
-        variance=of_heads(formed.statistics.variance),
-        value_mean=of_heads(formed.statistics.value_mean),
-        codes=of_heads(formed.codes.codes),
-        code_scale=of_heads(formed.codes.scale),
-        page_scale=of_heads(formed.codes.page_scale),
-        scatter=of_heads(scatter),
-    )
+    offsets = start + length * torch.arange(count, device=keys.device)
+    token_ids = of_segments(formed.token_ids)
+    moved = token_ids + offsets.to(torch.int32).view(-1, 1, 1, 1, 1)
+    token_ids = torch.where(token_ids >= 0, moved, -1).cpu()
+    device_counts = of_segments(formed.counts)
+    counts = device_counts.cpu()
+    paged_keys, paged_values = of_segments(formed.keys), of_segments(formed.values)
+    kept_keys, kept_values = paged_keys, paged_values
+    if resident is not None and arena.layout.codec is not None:
+        # later chunks attend to what the pages say, wherever they find it
+        kept = of_segments(arena.layout.decode(stored).unflatten(0, formed.counts.shape))
+        kept_keys, kept_values = kept.unbind(4)
+    statistics, codes = formed.statistics, formed.codes
+    segments = []
+    for k in range(count):
+        num_resident = 0
+        if resident is not None:
+            full = num_full(counts[k], arena.layout.page_size)
+            num_resident = resident.put(kept_keys[k, :, :, :full], kept_values[k, :, :, :full])
+        scatter = scatter_by_span(
+            paged_keys[k].flatten(0, 1),
+            paged_values[k].flatten(0, 1),
+            device_counts[k].flatten(0, 1),
+            first_page=first_page + k * num_pages,
+            span_pages=span_pages,
+        )
+        segment = SegmentPages(
+            start=start + k * length,
+            length=length,
+            page_ids=page_ids[k].reshape(B, H, -1),
+            counts=counts[k],
+            device_counts=device_counts[k],
+            token_ids=token_ids[k],
+            mean=of_segments(statistics.mean)[k],
+            variance=of_segments(statistics.variance)[k],
+            value_mean=of_segments(statistics.value_mean)[k],
+            codes=of_segments(codes.codes)[k],
+            code_scale=of_segments(codes.scale)[k],
+            page_scale=of_segments(codes.page_scale)[k],
+            scatter=scatter.unflatten(0, (B, H)),
+            num_resident=num_resident,
+        )
+        segments.append(segment)
+    return segments
+
+
+def num_full(counts: Tensor, page_size: int) -> int:
+    """How many of the first pages of a segment are full in every row. counts: [B, Hkv, n], host."""
+    is_full = (counts == page_size).flatten(0, 1).all(0)
+    return int(is_full.cumprod(0).sum())
+
+
+def _rows(x: Tensor, count: int) -> Tensor:
+    """[B, Hkv, c * S, ...] -> [c * B * Hkv, S, ...]: segment by segment, as their pages lie."""
+    rows: Tensor = x.unflatten(2, (count, -1)).movedim(2, 0).flatten(0, 2)
+    return rows
 
 
 def _page_counts(

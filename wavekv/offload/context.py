@@ -5,9 +5,10 @@ Every valid token is in exactly one place: a sink slot, a page, or the local win
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from functools import partial, wraps
+from itertools import groupby
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -18,10 +19,12 @@ from wavekv.index.retrieval import Logits
 from wavekv.index.scatter import pages_of_span
 from wavekv.index.segments import cut_segments
 from wavekv.offload.attention import State, add_attention_sink, attend_chunk, attend_step
-from wavekv.offload.builder import build_segment
+from wavekv.offload.builder import BATCH_BYTES, build_segments
 from wavekv.offload.counters import Counters
+from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.paged import PagedZone, SegmentPages
-from wavekv.offload.runtime import OffloadRuntime
+from wavekv.offload.resident import ResidentPages
+from wavekv.offload.runtime import OffloadRuntime, PrefillPlan
 from wavekv.offload.steady import SteadyZone
 
 P = ParamSpec("P")
@@ -75,6 +78,7 @@ class LayerContext:
             )
         self._pending: Future[list[SegmentPages]] | None = None
         self._num_pending = 0
+        self._plan: PrefillPlan | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -109,17 +113,32 @@ class LayerContext:
         """
         self._check(keys, values, valid)
         self.settle()
+        self._follow_plan()
         self._reserve(self.segments_after(keys.shape[2]))
         if query.shape[2] == 1 and not self.runtime.is_prefilling:
             self.steady.append(keys, values, valid)
             config = self.runtime.config
             out, lse = attend_step(
-                query[:, :, 0], self.steady, self.paged, logits, config, self.counters
+                query[:, :, 0],
+                self.steady,
+                self.paged,
+                logits,
+                config,
+                self.counters,
+                self.runtime.buffers,
             )
             state: State = out[:, :, None], lse[:, :, None]
         else:
             state = attend_chunk(
-                query, keys, values, valid, self.steady, self.paged, logits, self.counters
+                query,
+                keys,
+                values,
+                valid,
+                self.steady,
+                self.paged,
+                logits,
+                self.counters,
+                self.runtime.buffers,
             )
             self.steady.append(keys, values, valid)
         if sink_logits is not None:
@@ -142,41 +161,59 @@ class LayerContext:
         self._reserve(lengths)
         self.steady.fill_sinks(self.runtime.config.num_sink_tokens)
         jobs, first, num_pages = [], 0, self.paged.num_pages
-        for length in lengths:
-            ids = self.paged.allocate(self._num_pages(length))
-            keys, values, valid = self.steady.local(first, length)
-            mask = valid if self.steady.is_ragged else None
-            job = partial(
-                build_segment,
-                keys,
-                values,
-                mask,
-                start=self.steady.start + first,
-                arena=self.paged.arena,
-                page_ids=ids,
-                first_page=num_pages,
-                span_pages=self.paged.scatter.span_pages,
-            )
-            jobs.append(job)
-            first += length
-            num_pages += length // self.runtime.config.page_size
-
-        def build() -> list[SegmentPages]:
-            return [job() for job in jobs]
-
         try:
+            for length, count in self._batches(lengths):
+                ids = [self.paged.allocate(self._num_pages(length)) for _ in range(count)]
+                keys, values, valid = self.steady.local(first, count * length)
+                job = partial(
+                    build_segments,
+                    keys,
+                    values,
+                    valid if self.steady.is_ragged else None,
+                    start=self.steady.start + first,
+                    length=length,
+                    arena=self.paged.arena,
+                    page_ids=ids,
+                    first_page=num_pages,
+                    span_pages=self.paged.scatter.span_pages,
+                    resident=self.paged.resident,
+                )
+                jobs.append(job)
+                first += count * length
+                num_pages += count * (length // self.runtime.config.page_size)
+
+            def build() -> list[SegmentPages]:
+                return [segment for job in jobs for segment in job()]
+
             self._pending = self.runtime.builder.submit(self.steady.keys.view.device, build)
         except BaseException:
             self.paged.give_up()
             raise
         self._num_pending = first
+        if not self.runtime.is_prefilling:
+            self.paged.arena.order_ahead(self._num_pages(self.runtime.config.append_segment))
+
+    def _batches(self, lengths: list[int]) -> Iterator[tuple[int, int]]:
+        """(length, how many) of segments in a row that are built at once."""
+        B, H, D = self.shape
+        for length, group in groupby(lengths):
+            left, most = len(list(group)), max(1, BATCH_BYTES // (4 * B * H * length * D))
+            while left:
+                yield length, min(left, most)
+                left -= min(left, most)
 
     @_on_plain_tensors
     def settle(self) -> None:
-        """Wait for pages under construction and take them in. On failure the tokens stay local."""
+        """Wait for pages under construction and take them in. On failure the tokens stay local; an
+        interrupt while it waits changes nothing."""
         if self._pending is None:
             return
-        pending, self._pending, self._num_pending = self._pending, None, 0
+        wait([self._pending])
+        with uninterrupted():
+            self._take_in(self._pending)
+
+    def _take_in(self, pending: Future[list[SegmentPages]]) -> None:
+        self._pending, self._num_pending = None, 0
         try:
             for segment in pending.result():
                 self.paged.append(segment)
@@ -191,6 +228,33 @@ class LayerContext:
         """Page out what waits for a whole segment: the end of a prefill."""
         self.settle()
         self._page_out()
+
+    def _follow_plan(self) -> None:
+        """Once in a prefill: order the host memory that it will fill, make room in the index and
+        for pages that stay on the device.
+
+        Raises:
+            CapacityError: as `HostArena.order`; nothing changed.
+        """
+        plan = self.runtime.plan
+        if plan is self._plan:
+            return
+        if plan is not None:
+            config = self.runtime.config
+            to_come = self.steady.num_local + plan.end - self.num_tokens - config.window
+            to_come = max(0, to_come) // config.append_segment * config.append_segment
+            self.paged.arena.order(self._num_pages(to_come))
+            self.paged.reserve(to_come // config.page_size)
+            num_resident = min(plan.resident_tokens, to_come)
+            self.paged.resident = None
+            if num_resident >= config.page_size:
+                like = self.steady.keys.view[:, :, :0]
+                self.paged.resident = ResidentPages(like, num_resident)
+        self._plan = plan
+
+    def end_prefill(self) -> None:
+        """Free what was on the device for the prefill only."""
+        self.paged.resident, self._plan = None, None
 
     @_on_plain_tensors
     def truncate(self, length: int) -> None:
@@ -225,7 +289,7 @@ class LayerContext:
         copy = object.__new__(LayerContext)
         copy.runtime, copy.counters = runtime, self.counters.copy()
         copy.steady, copy.paged = self.steady.clone(), self.paged.clone()
-        copy._pending, copy._num_pending = None, 0
+        copy._pending, copy._num_pending, copy._plan = None, 0, None
         return copy
 
     def _num_pages(self, num_tokens: int) -> int:

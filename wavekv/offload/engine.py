@@ -293,6 +293,7 @@ class DecodeEngine:
             ids = self._host_arena.allocate(growth.num_arena_pages)
         self._next_ids = ids
         self._refresh_chunks()
+        self._host_arena.order_ahead(growth.num_arena_pages)
         growth.start(ids)
         self._num_growing = segment
         if growth.is_done:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from wavekv.config import OffloadConfig, parse_size
+from wavekv.config import OffloadConfig
 from wavekv.errors import CapacityError
 from wavekv.kernels.step import StepShape
 from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
+from wavekv.offload.device_memory import device_budget, free_memory
 from wavekv.offload.packed import PackedRows
 
 ROOM_TOKENS = 8192
@@ -75,7 +74,7 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
         sinks=zone.num_sink_slots,
         span_pages=paged.scatter.span_pages,
         layout=paged.arena.layout,
-        free_memory=_free_memory(query.device),
+        free=free_memory(query.device),
     )
 
 
@@ -90,11 +89,11 @@ def step_shape(
     sinks: int,
     span_pages: int,
     layout: KVLayout,
-    free_memory: int,
+    free: int,
 ) -> StepShape:
     """The sizes of an engine for `layers` contexts of sizes (B, Hkv, D) that hold `num_tokens`,
-    `num_pages` pages of each KV head among them, stored as `layout` says (pure). free_memory:
-    bytes of the device.
+    `num_pages` pages of each KV head among them, stored as `layout` says (pure). free: bytes of the
+    device.
 
     Raises:
         CapacityError: device_budget does not hold the pages of one step.
@@ -113,7 +112,7 @@ def step_shape(
         page_size=P,
         capacity=capacity,
         most=most,
-        slots=_num_slots(config, most, layers * B * H * layout.dense_bytes, free_memory),
+        slots=_num_slots(config, most, layers * B * H * layout.dense_bytes, free),
         misses=min(most, config.max_misses or most),
         sinks=sinks,
         ring=config.window + 2 * config.append_segment,
@@ -126,11 +125,9 @@ def step_shape(
     )
 
 
-def _num_slots(config: OffloadConfig, most: int, slot_bytes: int, free_memory: int) -> int:
+def _num_slots(config: OffloadConfig, most: int, slot_bytes: int, free: int) -> int:
     """Slots of a KV head: some budgets, as far as the device budget goes."""
-    size = parse_size("device_budget", config.device_budget)
-    if isinstance(size, float):
-        size = int(size * free_memory)
+    size = device_budget(config, free)
     slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
     if slots < most:
         raise CapacityError(
@@ -139,11 +136,3 @@ def _num_slots(config: OffloadConfig, most: int, slot_bytes: int, free_memory: i
             "free device memory"
         )
     return slots
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that are free, what torch holds for later allocations included."""
-    if device.type != "cuda":
-        return 1 << 40
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached

@@ -17,7 +17,9 @@ from wavekv.index.retrieval import PageSummary
 from wavekv.index.scatter import SpanScatter
 from wavekv.kernels.means import KEY_BITS, VALUE_BITS
 from wavekv.kvstore import HostArena
+from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.packed import PackedRows, growing_rows
+from wavekv.offload.resident import ResidentPages
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class SegmentPages:
     """[B, Hkv, n] float32 scales of each page's codes, device."""
     scatter: Tensor
     """[B, Hkv, m, 2, D, D] within-page scatter of each span touched, device (`scatter_by_span`)."""
+    num_resident: int = 0
+    """How many pages, the first of each head, were put into the zone's `ResidentPages`."""
 
 
 _PARTS = (
@@ -78,6 +82,8 @@ class PagedZone:
         self._building: list[Tensor] = []
         self.segments: list[tuple[int, int]] = []
         """(end position, end page) of each segment."""
+        self.resident: ResidentPages | None = None
+        """A copy of some pages on the device while a prompt is prefilled."""
         shape, P, D = like.shape[:3], arena.layout.page_size, arena.layout.head_dim
         self.page_ids = GrowingTensor(torch.empty(shape, dtype=torch.int64), dim=2)
         self.counts = GrowingTensor(torch.empty(shape, dtype=torch.int32), dim=2)
@@ -129,18 +135,32 @@ class PagedZone:
         codes = self.codes, self.code_scale, self.page_scale
         return sum(part.nbytes for part in (*statistics, *codes))
 
+    def reserve(self, num_pages: int) -> None:
+        """Make room in the index for `num_pages` more of each head: buffers that double hold up to
+        twice of what is needed, and both sizes while they are copied."""
+        total = self.num_pages + num_pages
+        for part in self._parts():
+            for rows in part.parts if isinstance(part, PackedRows) else (part,):
+                rows.fit(max(total, rows.buffer.shape[2]))
+        spans = self.scatter.spans
+        spans.fit(max(-(-total // self.scatter.span_pages), spans.buffer.shape[2]))
+
     def allocate(self, num_pages: int) -> Tensor:
         """Ids [num_pages] for the pages of a later segment, held until `append` or `give_up`.
 
         Raises:
             CapacityError: as `HostArena.reserve`.
         """
-        ids = self.arena.allocate(num_pages)
-        self._building.append(ids)
+        self.arena.reserve(num_pages)
+        with uninterrupted():
+            ids = self.arena.allocate(num_pages)
+            self._building.append(ids)
         return ids
 
     def give_up(self) -> None:
-        """Release the pages that were allocated and not appended."""
+        """Release the pages that were allocated and not appended: none is under construction."""
+        if self.resident is not None:
+            self.resident.withdraw()
         while self._building:
             self.arena.release(self._building.pop())
 
@@ -156,6 +176,9 @@ class PagedZone:
                 part.truncate(before)
             raise
         _keep_until_read(segment)
+        if self.resident is not None and segment.num_resident:
+            page_size = self.arena.layout.page_size
+            self.resident.claim(before, segment.num_resident, page_size)
         del self._building[:1]
         self.segments.append((segment.start + segment.length, self.num_pages))
 
@@ -209,6 +232,7 @@ class PagedZone:
 
         last_span: from `scatter_before(start)`, which can.
         """
+        self.resident = None
         keep = self._pages_until(start)
         self.arena.release(self.page_ids.view[:, :, keep:])
         for part in self._parts():
@@ -218,6 +242,7 @@ class PagedZone:
 
     def select(self, index: Tensor) -> None:
         """Keep the sequences `index` [B'], in that order; pages are shared, not copied."""
+        self.resident = None
         before = self.page_ids.view
         self.arena.retain(before[index.cpu()])
         self.arena.release(before)
@@ -229,6 +254,7 @@ class PagedZone:
         """An independent zone that shares the pages."""
         copy = object.__new__(PagedZone)
         copy.arena, copy.segments, copy._building = self.arena, list(self.segments), []
+        copy.resident = None
         copy.page_ids = self.page_ids.clone()
         # before anything can fail: the copy releases them when it goes
         self.arena.retain(copy.page_ids.view)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import ref
 
@@ -10,9 +11,20 @@ import torch
 from wavekv.config import OffloadConfig, parse_size
 from wavekv.kvstore import HostArena, KVLayout, MemoryBudget
 from wavekv.offload.builder import PageBuilder
+from wavekv.offload.streaming import StreamBuffers
 
 if TYPE_CHECKING:
     from wavekv.offload.engine import DecodeEngine
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PrefillPlan:
+    """What a prefill that has begun will need of every layer."""
+
+    end: int
+    """Tokens that the cache will hold."""
+    resident_tokens: int
+    """Tokens in pages of which each layer may keep a copy on the device meanwhile."""
 
 
 class OffloadRuntime:
@@ -22,6 +34,12 @@ class OffloadRuntime:
         self.config = config
         self.is_prefilling = False
         """While true, layers wait for whole segments instead of paging every append_segment."""
+        self.plan: PrefillPlan | None = None
+        """Of the prefill that runs. Layers order memory by it."""
+        self.keeps_resident: bool | None = None
+        """Whether a prefill keeps pages on the device; None for where that is a CUDA device. On a
+        CPU the arena is as near."""
+        self.buffers = StreamBuffers()
         self.budget = MemoryBudget.of(parse_size("cpu_budget", config.cpu_budget))
         self.builder = PageBuilder()
         self._engine: ref[DecodeEngine] | None = None
@@ -66,7 +84,8 @@ class OffloadRuntime:
     def fork(self, config: OffloadConfig) -> OffloadRuntime:
         """A runtime over the same memory with other decode settings."""
         copy = object.__new__(OffloadRuntime)
-        copy.config, copy.is_prefilling = config, False
+        copy.config, copy.is_prefilling, copy.plan = config, False, None
+        copy.keeps_resident, copy.buffers = self.keeps_resident, StreamBuffers()
         copy._engine, copy.num_changes = None, 0
         copy.is_for_engine = self.is_for_engine
         copy.budget, copy.builder, copy.arenas = self.budget, self.builder, self.arenas

@@ -57,10 +57,9 @@ class CacheBytes:
     """Of one page."""
     num_pages: int
     """N, of a KV head."""
-    grown: float
-    """The most that buffers of the index had room for, over what they hold: they double."""
     local_tokens: int
-    """The most tokens that the steady zone of a layer has room for during a prefill."""
+    """The most that the steady zone of a layer has room for during a prefill, in chunks of
+    `prefill_chunk`, which is a number here."""
 
 
 def cache_bytes(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> CacheBytes:
@@ -85,13 +84,12 @@ def cache_bytes(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) ->
         host_tables=layers * pages * sum(part.row_nbytes for part in tables),
         layout=layout,
         num_pages=pages,
-        grown=_room_for_pages(config, shape.num_tokens) / max(1, pages),
         local_tokens=_room_for_local(config, shape.num_tokens),
     )
 
 
-def engine_step_shape(config: OffloadConfig, shape: CacheShape, *, free_memory: int) -> StepShape:
-    """The `StepShape` of an engine for this cache. free_memory: bytes of the device.
+def engine_step_shape(config: OffloadConfig, shape: CacheShape, *, free: int) -> StepShape:
+    """The `StepShape` of an engine for this cache. free: bytes of the device.
 
     Raises:
         CapacityError: device_budget does not hold the pages of one step.
@@ -107,7 +105,7 @@ def engine_step_shape(config: OffloadConfig, shape: CacheShape, *, free_memory: 
         sinks=layer.steady.num_sink_slots,
         span_pages=layer.paged.scatter.span_pages,
         layout=layer.paged.arena.layout,
-        free_memory=free_memory,
+        free=free,
     )
 
 
@@ -172,23 +170,17 @@ def _layer(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> Laye
     return layer
 
 
-def _room_for_pages(config: OffloadConfig, num_tokens: int) -> int:
-    """Pages that the buffers of a prefill have room for in the end."""
-    pages = GrowingTensor(torch.empty(0, dtype=torch.uint8, device=_META), dim=0)
-    for length in _segments(config, num_tokens):
-        pages.append(torch.empty(length // config.page_size, dtype=torch.uint8, device=_META))
-    return len(pages.buffer)
-
-
 def _room_for_local(config: OffloadConfig, num_tokens: int) -> int:
     """The most tokens that the steady zone of a layer has room for in a chunked prefill."""
+    chunk = config.prefill_chunk
+    assert chunk is not None
     zone = GrowingTensor(torch.empty(0, dtype=torch.uint8, device=_META), dim=0)
     most = waiting = sinks = 0
     # what a chunk leaves is soon the same for all
-    seen = min(num_tokens, 4 * (config.prefill_chunk + config.segment))
-    for start in range(0, seen, config.prefill_chunk):
+    seen = min(num_tokens, 4 * (chunk + config.segment))
+    for start in range(0, seen, chunk):
         zone.drop(sinks, waiting)
-        count = min(config.prefill_chunk, num_tokens - start)
+        count = min(chunk, num_tokens - start)
         zone.append(torch.empty(count, dtype=torch.uint8, device=_META))
         local = len(zone) - sinks - config.window
         waiting = sum(cut_segments(local, segment=config.segment, smallest=config.segment))

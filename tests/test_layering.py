@@ -1,6 +1,7 @@
 """Imports inside wavekv point one way, and each heavy library has one home.
 
     cli, server -> model_adapters -> offload -> {index, kvstore} -> kernels
+    cli -> estimate -> machine -> offload
 
 The check reads source and runs none of it, so it sees imports inside functions, under
 `if TYPE_CHECKING` and behind `try`, on machines that could not execute them.
@@ -27,9 +28,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "index": {"kernels"} | COMMON,
     "kvstore": {"kernels"} | COMMON,
     "offload": {"index", "kvstore", "kernels"} | COMMON,
+    "machine": {"offload", "index", "kvstore", "kernels"} | COMMON,
+    "estimate": {"machine", "offload", "index", "kvstore", "kernels"} | COMMON,
     "model_adapters": {"offload", "index", "kvstore", "kernels"} | COMMON,
     "server": {"model_adapters", "offload", "index", "kvstore", "kernels"} | COMMON,
-    "cli": {"server", "demo", "model_adapters", "offload", "index", "kvstore", "kernels"} | COMMON,
+    "cli": {"server", "demo", "estimate", "machine", "model_adapters", "offload", "index"}
+    | {"kvstore", "kernels"}
+    | COMMON,
     "wavekv": {"model_adapters", "offload", "index", "kvstore", "config", "errors"},
 }
 # library -> the only part that may import it.

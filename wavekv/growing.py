@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,12 @@ class GrowingTensor:
     def nbytes(self) -> int:
         """Bytes of the rows held."""
         return self.view.numel() * self._buffer.element_size()
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row: of all that has the same place along `dim`."""
+        sizes = (size for at, size in enumerate(self._buffer.shape) if at != self.dim)
+        return math.prod(sizes) * self._buffer.element_size()
 
     def reserve(self, length: int) -> None:
         """Make room for so many rows: until there are as many, `append` cannot fail."""

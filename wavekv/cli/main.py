@@ -21,14 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["index"]:
         # before torch comes: threads of OpenMP that spin while idle take the cores from the others
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    else:
-        # not for `index`: it imports transformers, which takes seconds
+    if arguments[:1] not in (["index"], ["doctor"], ["estimate"]):
+        # not for these: it imports transformers, which takes seconds
         from wavekv.cli import demo
 
         demo.add_parser(commands)
-    from wavekv.cli import index
+    from wavekv.cli import doctor, estimate, index
 
-    index.add_parser(commands)
+    for command in (index, estimate, doctor):
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

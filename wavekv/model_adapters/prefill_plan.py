@@ -10,32 +10,24 @@ from wavekv.errors import CapacityError
 from wavekv.kvstore import KVLayout
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.layer import OffloadedLayer
-from wavekv.offload import streaming
-from wavekv.offload.builder import BATCH_BYTES
-from wavekv.offload.device_memory import device_budget, free_memory, index_bytes
+from wavekv.offload.device_memory import free_memory, index_bytes
+from wavekv.offload.prefill_sizes import (
+    building_bytes,
+    chosen_chunk,
+    forward_bytes,
+    resident_tokens,
+    stream_bytes,
+)
 from wavekv.offload.runtime import PrefillPlan
 
-CPU_CHUNK, CUDA_CHUNK = 8192, 32768
-"""Tokens of a forward where `prefill_chunk` leaves the choice. Long chunks read earlier pages less
-often; on CUDA a chunk is halved, down to the CPU's, while its tensors would not fit easily."""
-_WORKING_SHARE = 0.25
-"""Of the free device memory: what the tensors of a forward may take by choice."""
-_BATCHES = 6
-"""Device memory of a page builder, in batches of its keys as float32: it has copies of them."""
 _GIB = 2**30
 
 
 def chunk_tokens(model: PreTrainedModel, cache: OffloadedCache, batch: int) -> int:
     """Tokens that one forward of a prefill takes."""
-    if cache.config.prefill_chunk is not None:
-        return cache.config.prefill_chunk
     devices = _cuda_devices(model)
-    if not devices:
-        return CPU_CHUNK
-    size, free = CUDA_CHUNK, min(map(free_memory, devices))
-    while size > CPU_CHUNK and _working_bytes(model, cache, size * batch) > _WORKING_SHARE * free:
-        size //= 2
-    return size
+    free = min(map(free_memory, devices)) if devices else None
+    return chosen_chunk(cache.config, free, lambda size: _working_bytes(model, cache, size * batch))
 
 
 def plan_prefill(
@@ -57,17 +49,21 @@ def plan_prefill(
     shapes = _shapes(cache)
     # 2 for keys and values
     token_bytes = 2 * model.dtype.itemsize * batch * sum(h * d for h, d in shapes)
-    # of a layer that has fewer pages no block is that long
     layer_bytes = (seen + total) * token_bytes // len(shapes)
-    num_blocks = streaming.MEMORY_BLOCKS[cache.config.host_dtype != "model"]
-    stream = num_blocks * min(streaming.BLOCK_BYTES, layer_bytes)
+    stream = stream_bytes(layer_bytes, is_coded=cache.config.host_dtype != "model")
     needed = stream
     if devices:
         needed += _check_device(model, cache, batch, total, chunk, free, token_bytes, stream)
-    room = min(device_budget(cache.config, free) - stream, free - needed)
-    # the last chunk's own pages are read by none
-    wanted = (total - 1) // chunk * chunk
-    return PrefillPlan(seen + total, min(wanted, max(0, room) // token_bytes))
+    resident = resident_tokens(
+        cache.config,
+        total=total,
+        chunk=chunk,
+        free=free,
+        needed=needed,
+        stream=stream,
+        token_bytes=token_bytes,
+    )
+    return PrefillPlan(seen + total, resident)
 
 
 def _check_host(model: PreTrainedModel, cache: OffloadedCache, batch: int, total: int) -> None:
@@ -99,7 +95,7 @@ def _check_device(
     index = int(total * batch * sum(h * index_bytes(cache.config, d) for h, d in shapes))
     length = min(chunk, total)
     chunk_bytes = length * token_bytes + _working_bytes(model, cache, length * batch)
-    chunk_bytes += _BATCHES * min(BATCH_BYTES, length * token_bytes // len(shapes))
+    chunk_bytes += building_bytes(length * token_bytes // len(shapes))
     if index + chunk_bytes + stream > free:
         raise CapacityError(
             f"a prefill of {total} tokens needs {(index + chunk_bytes + stream) / _GIB:.1f} GiB of "
@@ -113,16 +109,17 @@ def _check_device(
 
 def _working_bytes(model: PreTrainedModel, cache: OffloadedCache, num_tokens: int) -> int:
     """Bytes of the tensors of a forward that are there at once: rather too little."""
-    config, itemsize = cache.model_config, model.dtype.itemsize
-    hidden = config.hidden_size
+    config = cache.model_config
+    hidden, num_queries = config.hidden_size, config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    inner = max(inner) if isinstance(inner, (list, tuple)) else inner
-    num_queries = config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or hidden // num_queries
-    # two of the residual stream and two inside the MLP; in attention queries, keys and values of
-    # every head, a block's output and the float32 output that it is merged into
-    attention = num_queries * dim * (4 * itemsize + 4)
-    return int(num_tokens * (itemsize * 2 * (hidden + inner) + attention))
+    return forward_bytes(
+        num_tokens,
+        hidden=hidden,
+        inner=max(inner) if isinstance(inner, (list, tuple)) else inner,
+        num_queries=num_queries,
+        head_dim=getattr(config, "head_dim", None) or hidden // num_queries,
+        itemsize=model.dtype.itemsize,
+    )
 
 
 def _shapes(cache: OffloadedCache) -> list[tuple[int, int]]:

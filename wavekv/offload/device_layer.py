@@ -137,7 +137,8 @@ def fitted_pages(paged: PagedZone, shape: StepShape) -> StepPages:
     # pages to come are added to their span
     spans.buffer[:, :, len(spans) :] = 0
     ids = paged.page_ids.view
-    arena_ids = torch.zeros(*ids.shape[:2], shape.capacity, dtype=torch.int64)
+    size = *ids.shape[:2], shape.capacity
+    arena_ids = torch.zeros(size, dtype=torch.int64, device=spans.buffer.device)
     arena_ids[:, :, : ids.shape[2]] = ids
     buffers = [part.buffer for part in device_parts(paged)]
-    return StepPages._make([*buffers, spans.buffer, arena_ids.to(spans.buffer.device)])
+    return StepPages._make([*buffers, spans.buffer, arena_ids])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from wavekv.config import OffloadConfig
 from wavekv.errors import CapacityError
 from wavekv.kernels.step import StepShape
+from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_memory import device_budget, free_memory
@@ -63,39 +63,71 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
     """
     first, query = contexts[0], contexts[0].counters.last_query
     assert query is not None
-    config, (B, H, D) = first.runtime.config, first.shape
-    zone, paged, P = first.steady, first.paged, config.page_size
+    zone, paged = first.steady, first.paged
+    return step_shape(
+        first.runtime.config,
+        layers=len(contexts),
+        sizes=first.shape,
+        group=query.shape[1] // first.shape[1],
+        num_tokens=zone.end,
+        num_pages=paged.num_pages,
+        sinks=zone.num_sink_slots,
+        span_pages=paged.scatter.span_pages,
+        layout=paged.arena.layout,
+        free=free_memory(query.device),
+    )
+
+
+def step_shape(
+    config: OffloadConfig,
+    *,
+    layers: int,
+    sizes: tuple[int, int, int],
+    group: int,
+    num_tokens: int,
+    num_pages: int,
+    sinks: int,
+    span_pages: int,
+    layout: KVLayout,
+    free: int,
+) -> StepShape:
+    """The sizes of an engine for `layers` contexts of sizes (B, Hkv, D) that hold `num_tokens`,
+    `num_pages` pages of each KV head among them, stored as `layout` says (pure). free: bytes of the
+    device.
+
+    Raises:
+        CapacityError: device_budget does not hold the pages of one step.
+    """
+    (B, H, D), P = sizes, config.page_size
     room = max(ROOM_TOKENS, 2 * config.append_segment)
-    capacity = paged.num_pages + room // P
+    capacity = num_pages + room // P
     # the ring takes tokens beyond those that have room in pages
-    longest = zone.end + room + config.window + 2 * config.append_segment
+    longest = num_tokens + room + config.window + 2 * config.append_segment
     most = min(capacity, page_limits(config, longest)[1])
     return StepShape(
         batch=B,
         kv_heads=H,
-        group=query.shape[1] // H,
+        group=group,
         head_dim=D,
         page_size=P,
         capacity=capacity,
         most=most,
-        slots=_num_slots(contexts, most, query.device),
+        slots=_num_slots(config, most, layers * B * H * layout.dense_bytes, free),
         misses=min(most, config.max_misses or most),
-        sinks=zone.num_sink_slots,
+        sinks=sinks,
         ring=config.window + 2 * config.append_segment,
-        span_pages=paged.scatter.span_pages,
+        span_pages=span_pages,
         scale=1.0,
         top_p=config.top_p,
         tail=config.tail_estimate,
-        codec=paged.arena.layout.codec,
+        codec=layout.codec,
         is_wide=config.prefetch == "runners-up",
     )
 
 
-def _num_slots(contexts: Sequence[LayerContext], most: int, device: torch.device) -> int:
+def _num_slots(config: OffloadConfig, most: int, slot_bytes: int, free: int) -> int:
     """Slots of a KV head: some budgets, as far as the device budget goes."""
-    B, H, _ = contexts[0].shape
-    size = device_budget(contexts[0].runtime.config, free_memory(device))
-    slot_bytes = contexts[0].paged.arena.layout.dense_bytes * B * H * len(contexts)
+    size = device_budget(config, free)
     slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
     if slots < most:
         raise CapacityError(

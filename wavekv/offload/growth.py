@@ -57,6 +57,12 @@ class Growth:
         self._host: tuple[Tensor, Tensor] | None = None
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers on the device."""
+        buffers = self._arena_ids, self._counts, self._token_ids, self._scatters
+        return sum(buffer.nbytes for buffer in (*buffers, self._spans, self._moved))
+
+    @property
     def num_arena_pages(self) -> int:
         """Pages of the host arena that one run takes."""
         return self._arena_ids.numel()

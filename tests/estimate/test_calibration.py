@@ -1,0 +1,57 @@
+"""Foreseen times and sizes against those that were measured on an H100 (bench/results)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wavekv.config import OffloadConfig
+from wavekv.estimate import Estimate, estimate, read_model
+from wavekv.machine import MachineRecord
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+MACHINE = MachineRecord.read(RESULTS / "machine_h100.json")
+FILES = ("contexts", "128k", "512k", "128k_uncompiled", "batch8", "sweep")
+
+
+def measured_rows() -> list[Any]:
+    """Steps without a prefetch, at the reuse that the model assumes."""
+    rows = []
+    for name in FILES:
+        record = json.loads((RESULTS / f"decode_{name}.json").read_text())
+        for row in record["rows"]:
+            is_alike = row.get("reuse_asked") == 0.66 and row.get("prefetch") == "none"
+            if row["name"] == "retrieval" and is_alike:
+                where = f"{name}-{row['tokens']}"
+                rows.append(pytest.param(row, record["compile"], id=where))
+    return rows
+
+
+def foreseen(row: dict[str, Any], is_compiled: bool) -> Estimate:
+    config = OffloadConfig(budget=row["budget"], refine=row["refine"], compile=is_compiled)
+    model, batch = read_model("llama-3.1-8b"), row["batch"]
+    return estimate(model, config, MACHINE, num_tokens=row["tokens"], batch=batch)
+
+
+def test_there_is_something_to_hold_against() -> None:
+    assert len(measured_rows()) >= 7
+
+
+@pytest.mark.parametrize(("row", "is_compiled"), measured_rows())
+def test_decode_steps(row: dict[str, Any], is_compiled: bool) -> None:
+    step = foreseen(row, is_compiled).decode
+    assert step.seconds == pytest.approx(1e-3 * row["ms_median"], rel=0.08)
+    assert step.floor == pytest.approx(1e-3 * row["floor_ms"], rel=0.1)
+
+
+@pytest.mark.parametrize(("row", "is_compiled"), measured_rows())
+def test_bytes(row: dict[str, Any], is_compiled: bool) -> None:
+    it = foreseen(row, is_compiled)
+    per_layer = row["host_bytes"]
+    assert it.needs.cache.host_pages == pytest.approx(per_layer, rel=1e-3)
+    assert it.bus_bytes == pytest.approx(row["pcie_bytes"], rel=0.05)
+    # the queries of the walk, and what an allocator keeps
+    assert 0.9 * row["device_bytes"] < it.needs.decode <= row["device_bytes"]

@@ -1,0 +1,174 @@
+"""Foreseen sizes are the real ones: of contexts after a prefill, and of a decode engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from offload_cases import SMALL
+
+from wavekv.config import OffloadConfig
+from wavekv.errors import CapacityError
+from wavekv.kernels import step_reference
+from wavekv.offload import LayerContext, Logits, OffloadRuntime
+from wavekv.offload.engine import DecodeEngine
+from wavekv.offload.sizes import CacheShape, cache_bytes, engine_bytes, engine_step_shape
+
+SHAPE = CacheShape(
+    layers=2, batch=2, kv_heads=2, group=2, head_dim=16, dtype=torch.float32, num_tokens=300
+)
+ENOUGH = 1 << 40
+
+
+def config_of(**chosen: object) -> OffloadConfig:
+    return OffloadConfig(**(SMALL | {"prefill_chunk": 96, "cpu_budget": 1 << 24} | chosen))  # type: ignore[arg-type]
+
+
+def prefilled(
+    config: OffloadConfig, shape: CacheShape, *, is_packed: bool
+) -> tuple[list[LayerContext], int]:
+    """Contexts that took in the tokens of `shape` by chunks, and the largest room for local
+    tokens on the way."""
+    runtime = OffloadRuntime(config)
+    runtime.is_for_engine = is_packed
+    contexts, room = [], 0
+    logits = Logits(shape.head_dim**-0.5)
+    for _ in range(shape.layers):
+        size = shape.batch, shape.kv_heads, shape.num_tokens, shape.head_dim
+        keys, values = torch.randn(2, *size, dtype=shape.dtype)
+        query = torch.randn(size[0], size[1] * shape.group, *size[2:], dtype=shape.dtype)
+        context = LayerContext(runtime, keys, values)
+        runtime.is_prefilling = True
+        for start in range(0, shape.num_tokens, config.prefill_chunk):
+            part = (slice(None), slice(None), slice(start, start + config.prefill_chunk))
+            context.attend(query[part], keys[part], values[part], None, logits)
+            room = max(room, context.steady.keys.buffer.shape[2])
+        runtime.is_prefilling = False
+        context.page_out()
+        context.settle()
+        contexts.append(context)
+    return contexts, room
+
+
+def check_cache(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> None:
+    contexts, room = prefilled(config, shape, is_packed=is_packed)
+    foreseen = cache_bytes(config, shape, is_packed=is_packed)
+    paged = [context.paged for context in contexts]
+    assert foreseen.num_pages == paged[0].num_pages
+    statistics = sum(zone.statistics_nbytes for zone in paged)
+    assert sum(foreseen.index.values()) - foreseen.index["counts"] == statistics
+    assert foreseen.index["counts"] == sum(zone.device_counts.nbytes for zone in paged)
+    assert foreseen.index["scatter"] == sum(zone.scatter.spans.nbytes for zone in paged)
+    assert foreseen.steady == sum(context.steady.nbytes for context in contexts)
+    assert foreseen.host_pages == paged[0].arena.nbytes
+    tables = [(zone.page_ids, zone.counts, zone.token_ids) for zone in paged]
+    assert foreseen.host_tables == sum(part.nbytes for parts in tables for part in parts)
+    assert foreseen.local_tokens == room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_cache_takes_what_was_foreseen(is_packed: bool, dtype: torch.dtype) -> None:
+    check_cache(config_of(), replace(SHAPE, dtype=dtype), is_packed=is_packed)
+
+
+@pytest.mark.parametrize("host_dtype", ["int8", "int4", "int4-int2"])
+def test_pages_of_integers(host_dtype: str) -> None:
+    config, dense = config_of(host_dtype=host_dtype), config_of()
+    check_cache(config, SHAPE, is_packed=True)
+    pages = [cache_bytes(c, SHAPE, is_packed=True).host_pages for c in (config, dense)]
+    assert pages[0] < pages[1]
+
+
+@settings(max_examples=15)
+@given(
+    tokens=st.integers(1, 700),
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 8, 10]),
+    page_size=st.sampled_from([1, 2, 8]),
+    chunk=st.integers(40, 400),
+    sinks=st.integers(0, 3),
+    is_packed=st.booleans(),
+)
+def test_caches_of_any_shape(
+    tokens: int,
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    chunk: int,
+    sinks: int,
+    is_packed: bool,
+) -> None:
+    sizes = {"page_size": page_size, "prefill_chunk": chunk, "num_sink_tokens": sinks}
+    shape = CacheShape(1, batch, kv_heads, 1, head_dim, torch.float32, tokens)
+    check_cache(config_of(**sizes), shape, is_packed=is_packed)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"budget": 0.5},
+        {"budget": 8, "max_misses": 1},
+        {"budget": 8, "device_budget": 24 * 1024},
+        {"tail_estimate": "none", "refine": 1},
+        {"host_dtype": "int8"},
+    ],
+    ids=str,
+)
+def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
+    config = config_of(**({"budget": 0.1} | chosen))
+    contexts, _ = prefilled(config, SHAPE, is_packed=True)
+    query = torch.randn(2, 4, 1, 16)
+    new = torch.randn(2, 2, 1, 16)
+    for context in contexts:
+        context.attend(query, new, new, None, Logits(0.25))
+        context.settle()
+    engine = DecodeEngine(contexts, step_reference)
+    shape = replace(SHAPE, num_tokens=SHAPE.num_tokens + 1)
+    step = engine_step_shape(config, shape, free=ENOUGH)
+    assert step == engine.shape
+
+    def nbytes(tensors: object) -> int:
+        return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor))  # type: ignore[attr-defined]
+
+    layers = engine.layers
+    steady = {id(x.steady.valid): x.steady.valid.nbytes for x in layers}
+    working = nbytes(engine.scratch) + sum(nbytes(layer.totals) for layer in layers)
+    on_host = engine.growth._host_ids.nbytes
+    held_already = engine.ring.nbytes + engine.counters.nbytes
+    assert engine_bytes(config, shape, step) == {
+        "index": sum(nbytes(layer.pages) for layer in layers),
+        "pool": sum(nbytes(layer.pool) for layer in layers),
+        "steady": engine.ring.nbytes + sum(steady.values()),
+        "scratch": working,
+        "growth": nbytes(vars(engine.growth).values()) - on_host - held_already,
+    }
+
+
+def test_a_pool_that_does_not_fit_is_refused() -> None:
+    config = config_of(budget=0.5, device_budget=256)
+    with pytest.raises(CapacityError, match="raise device_budget"):
+        engine_step_shape(config, SHAPE, free=ENOUGH)
+
+
+def test_a_share_of_the_device_is_of_what_is_free() -> None:
+    config = config_of(budget=0.5, device_budget=0.5)
+    rows = SHAPE.layers * SHAPE.batch * SHAPE.kv_heads
+    page = cache_bytes(config, SHAPE, is_packed=True).layout.dense_bytes
+    few = engine_step_shape(config, SHAPE, free=2 * 1200 * rows * page)
+    assert few.slots == 1200
+
+
+def test_a_million_tokens_take_no_memory_to_foresee() -> None:
+    shape = CacheShape(80, 64, 8, 8, 128, torch.bfloat16, 16 << 20)
+    config = OffloadConfig(prefill_chunk=8192)
+    cache = cache_bytes(config, shape, is_packed=True)
+    assert cache.host_pages > 200 << 40
+    step = engine_step_shape(config, shape, free=1 << 60)
+    assert engine_bytes(config, shape, step)["index"] > sum(cache.index.values())

@@ -1,0 +1,85 @@
+"""What a decode step reads and moves, in bytes of all layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wavekv.config import OffloadConfig
+from wavekv.offload.budget import page_limits
+from wavekv.offload.sizes import CacheBytes, CacheShape
+
+HIT_RATE = 0.82
+"""Of chosen pages in a pool of at least two budgets: measured at 32K to 512K where two thirds of
+the pages are chosen again (docs/decode_benchmark.md, queries and reuse)."""
+REUSE = 0.66
+"""Of chosen pages that the step before chose too: what a smaller pool finds at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """From device memory, or on a CPU from its own, unless said otherwise."""
+
+    weights: int
+    ranking: int
+    """Key means, variances and counts; scores written and read."""
+    codes: int
+    """Of the candidates."""
+    estimating: int
+    """Value means, the scatter; scores read again."""
+    pages: int
+    """That are attended to."""
+    steady: int
+    fetched: int
+    """From the host over the bus."""
+
+    @property
+    def read(self) -> int:
+        """All but what is fetched: at least so much is read."""
+        ranking = self.ranking + self.codes
+        return self.weights + ranking + self.estimating + self.pages + self.steady
+
+
+def step_bytes(
+    config: OffloadConfig,
+    shape: CacheShape,
+    cache: CacheBytes,
+    *,
+    weights: int,
+    windows: int,
+    slots: int | None,
+) -> StepBytes:
+    """Of one step. weights, windows: bytes of them that it reads. slots: those of the page pool for
+    each KV head, 0 without a pool; None where no bus is between pages and steps."""
+    N, index, page = cache.num_pages, cache.index, config.page_size
+    rows = shape.layers * shape.batch * shape.kv_heads
+    most = min(N, page_limits(config, shape.num_tokens + 1)[1])
+    candidates = min(N, most * config.refine) if config.refine > 1 and most < N else 0
+    pool_page = cache.layout.dense_bytes
+    local = shape.num_tokens - N * page
+    # of a page, numbers of four bytes: logit, log mass and shift of each query head are written,
+    # the last two read again; ranks and lists are of a KV head
+    scores, ranks = 4 * rows * N * shape.group, 4 * rows * N
+    ranking = index["key means"] + index["variance"] + index["counts"]
+    scatter = index["scatter"] if config.tail_estimate == "second" else 0
+    fetched = 0
+    if slots is not None:
+        fetched = round(rows * most * (1 - hit_rate(slots, most, N))) * cache.layout.page_bytes
+    return StepBytes(
+        weights=weights,
+        ranking=ranking + 3 * scores + 4 * ranks,
+        codes=index["codes"] * candidates // max(1, N),
+        estimating=index["value means"] + scatter + 2 * scores,
+        pages=rows * most * pool_page,
+        steady=rows * local * pool_page // page + windows,
+        fetched=fetched,
+    )
+
+
+def hit_rate(slots: int, most: int, num_pages: int) -> float:
+    """The share of chosen pages that a pool of so many slots has, by what was measured."""
+    if slots >= num_pages:
+        return 1.0
+    if slots < most:
+        # no pool
+        return 0.0
+    return HIT_RATE if slots >= 2 * most else REUSE

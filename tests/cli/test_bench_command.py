@@ -30,9 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_programs_are_listed(folder: Path, capsys, arguments: list[str]) -> None:
-    assert main(["bench", *arguments]) == 0
+def test_programs_are_listed(folder: Path, capsys) -> None:
+    assert main(["bench"]) == 0
     out = capsys.readouterr().out
     assert "one" in out
     assert "The first." in out
@@ -40,8 +39,8 @@ def test_programs_are_listed(folder: Path, capsys, arguments: list[str]) -> None
 
 
 def test_arguments_and_status_are_the_programs(folder: Path, capfd) -> None:
-    assert main(["bench", "one", "--tokens", "1M", "-x"]) == 3
-    assert capfd.readouterr().out == "--tokens 1M -x\n"
+    assert main(["bench", "one", "--tokens", "1M", "--help"]) == 3
+    assert capfd.readouterr().out == "--tokens 1M --help\n"
 
 
 def test_an_unknown_name_is_an_error(folder: Path, capsys) -> None:

@@ -18,7 +18,7 @@ FOLDER = Path(wavekv.__file__).parent.parent / "bench"
 def add_parser(commands: Any) -> None:
     """Add the `bench` subcommand."""
     parser: argparse.ArgumentParser = commands.add_parser(
-        "bench", help="run a benchmark of a source checkout, such as million", add_help=False
+        "bench", help="run a benchmark of a source checkout, such as million"
     )
     parser.add_argument("name", nargs="?", help="which; without one, all are listed")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own arguments")
@@ -34,10 +34,10 @@ def run(options: argparse.Namespace) -> int:
     programs = programs_in(FOLDER)
     if not programs:
         raise ConfigError(
-            f"expected the benchmarks in {FOLDER}, found none: they come with the sources, not with "
-            "the installed package; clone the repository and `pip install -e .` there"
+            f"expected the benchmarks in {FOLDER}, found none: they come with the sources, not "
+            "with the installed package; clone the repository and `pip install -e .` there"
         )
-    if options.name in (None, "-h", "--help"):
+    if options.name is None:
         print("wavekv bench NAME [ARGUMENTS]; NAME --help says what each takes\n")
         for name, summary in programs.items():
             print(f"  {name:<22}{summary}")

@@ -175,7 +175,7 @@ def test_any_length_padding_and_crop(
 
 def test_to_the_end_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets grow with the context: the last step of an engine chooses the most pages."""
-    monkeypatch.setattr("wavekv.offload.engine_shape.ROOM_TOKENS", 64)
+    monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 64)
     steps = Steps(7)
     taken, contexts = started(steps, 150, budget=0.6, refine=64, prefetch="runners-up")
     engine = DecodeEngine(taken, step_reference)
@@ -242,7 +242,7 @@ def test_giving_back_may_fail_and_be_repeated(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rehearsals_leave_no_trace_in_a_small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wavekv.offload.engine_shape.ROOM_TOKENS", 32)
+    monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 32)
     steps = Steps(10)
     taken, contexts = started(steps, 200, budget=0.5, refine=64, device_budget=48 * 1024)
     engine = DecodeEngine(taken, step_reference)

@@ -54,12 +54,12 @@ class OffloadConfig:
     as integers of 8 bits, of 4, or of 4 and 2, with a range for each channel of a page: 63, 38 or
     32 % of the bytes of bfloat16 pages of 8 tokens (docs/accuracy.md has what they cost)."""
     device_budget: float | int | str = 0.9
-    """All device memory that a cache may take beside the weights of its model (CUDA): bytes, "8GiB",
-    or a float share of what is free or held by the cache already. It holds the index with room for
-    some thousand tokens to come; while a prompt is prefilled also the chunk, the tensors of a
-    forward, what builds and streams pages, and as many of its pages as are left room for; while
-    steps run their working memory and up to eight budgets of pages. A prefill that does not fit, or
-    after which no step would, is an error before it begins."""
+    """All device memory (CUDA) that a cache may take beside the weights of its model: bytes,
+    "8GiB", or a float share of what is free or held by the cache already. It holds the index, with
+    room for some thousand tokens to come; while a prompt is prefilled also the chunk, the tensors
+    of a forward, what builds and streams pages, and as many of its pages as there is room for;
+    while steps run their working memory and up to eight budgets of pages. A prefill that does not
+    fit, or after which no step would, is an error before it begins."""
     max_misses: int | None = None
     """Pages that a KV head waits for in a captured step. Others that it chose and that are not on
     the device, those of the lowest rank, are estimated in this step and fetched for the next. None

@@ -14,7 +14,9 @@ from wavekv.errors import CapacityError
 from wavekv.kernels import step_reference
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
 from wavekv.offload.engine import DecodeEngine
-from wavekv.offload.engine_shape import engine_refusal
+from wavekv.offload.engine_shape import engine_refusal, wanted_shape
+from wavekv.offload.pool import pool_parts
+from wavekv.offload.sizes import CacheShape
 
 LOGITS = Logits(D**-0.5)
 HQ, HKV, LAYERS = 4, 2, 2
@@ -70,6 +72,18 @@ def engine_step(engine: DecodeEngine, token: list[tuple[Tensor, Tensor, Tensor]]
     return outs
 
 
+def limit_slots(contexts: list[LayerContext], slots: int) -> None:
+    """Give the contexts a device budget with room for so many slots and all else."""
+    step, zone = wanted_shape(contexts), contexts[0].steady
+    shape = CacheShape(len(contexts), step.batch, HKV, HQ // HKV, D, torch.float32, zone.end)
+    parts = (x.steady for x in contexts)
+    steady = sum(x.buffer.nbytes for zone in parts for x in (zone.keys, zone.values, zone.valid))
+    needed = pool_parts(contexts[0].runtime.config, shape, step, steady, 0)
+    least = sum(needed.values()) - needed["pages"] + slots * needed["pages"] // step.slots
+    runtime = contexts[0].runtime
+    runtime.config = runtime.config.override(device_budget=least)
+
+
 def forked(contexts: list[LayerContext]) -> list[LayerContext]:
     runtime = contexts[0].runtime.fork(contexts[0].runtime.config)
     return [context.fork(runtime) for context in contexts]
@@ -97,7 +111,6 @@ def started(
         {"tail_estimate": "first"},
         {"tail_estimate": "none"},
         {"refine": 1},
-        {"budget": 8, "device_budget": 4096},
         {"prefetch": "runners-up"},
         {"host_dtype": "int8", "budget": 1.0},
         {"host_dtype": "int4-int2"},
@@ -105,10 +118,20 @@ def started(
     ids=str,
 )
 def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
+    check_steps(chosen, is_small=False)
+
+
+def test_as_steps_one_by_one_with_the_least_pool() -> None:
+    check_steps({"budget": 8}, is_small=True)
+
+
+def check_steps(chosen: dict[str, object], *, is_small: bool) -> None:
     steps = Steps(0)
     # an engine's candidates are whole bins of ranks: alike only where they are all pages
     taken, contexts = started(steps, 150, **({"budget": 0.1, "refine": 64} | chosen))
     assert engine_refusal(taken) is None
+    if is_small:
+        limit_slots(taken, wanted_shape(taken).most)
     engine = DecodeEngine(taken, step_reference)
     for _ in range(60):
         token = steps.token()
@@ -244,9 +267,11 @@ def test_giving_back_may_fail_and_be_repeated(monkeypatch: pytest.MonkeyPatch) -
 def test_rehearsals_leave_no_trace_in_a_small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 32)
     steps = Steps(10)
-    taken, contexts = started(steps, 200, budget=0.5, refine=64, device_budget=48 * 1024)
+    taken, contexts = started(steps, 200, budget=0.5, refine=64)
+    slots = wanted_shape(taken).most + 3
+    limit_slots(taken, slots)
     engine = DecodeEngine(taken, step_reference)
-    assert engine.shape.slots < 2 * engine.shape.most
+    assert engine.shape.slots == slots < 2 * engine.shape.most
     rehearsed = steps.token()
     engine.before_step()
     for _ in range(2):
@@ -283,8 +308,10 @@ def test_misses_beyond_the_cap_are_estimated() -> None:
 
 
 def test_device_budget_too_small() -> None:
-    taken, contexts = started(Steps(2), 200, budget=0.5, device_budget=256)
-    with pytest.raises(CapacityError, match="raise device_budget"):
+    taken, contexts = started(Steps(2), 200, budget=0.5)
+    limit_slots(taken, wanted_shape(taken).most - 1)
+    pattern = r"needs .* MiB for index, .* device_budget comes to .* MiB; raise device_budget"
+    with pytest.raises(CapacityError, match=pattern):
         DecodeEngine(taken, step_reference)
     token = Steps(3).token()
     for ours, theirs in zip(eager_step(taken, token), eager_step(contexts, token), strict=True):

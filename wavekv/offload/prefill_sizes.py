@@ -25,9 +25,7 @@ PREFILL_DO = (
 """What to do where a prefill does not fit."""
 
 
-def chosen_chunk(
-    config: OffloadConfig, budget: int | None, needed: Callable[[int], int]
-) -> int:
+def chosen_chunk(config: OffloadConfig, budget: int | None, needed: Callable[[int], int]) -> int:
     """Tokens that one forward takes. budget: bytes of the device, None on a CPU; needed: those that
     a prefill takes of it in chunks of so many tokens."""
     if config.prefill_chunk is not None:
@@ -72,8 +70,8 @@ def prefill_parts(
     chunk: int,
     forward: Callable[[int], int],
 ) -> dict[str, int]:
-    """Bytes of the device while `new_tokens` are prefilled in chunks, without pages that stay there,
-    by what they are for.
+    """Bytes of the device while `new_tokens` are prefilled in chunks, by what they are for; pages
+    that stay there come on top.
 
     shapes: the layers of each kind, with all tokens that there will be; forward: bytes that the
     tensors of a forward over so many tokens of each sequence take.

@@ -105,9 +105,9 @@ def engine_step_shape(config: OffloadConfig, shape: CacheShape) -> StepShape:
 
 
 def engine_bytes(config: OffloadConfig, shape: CacheShape, step: StepShape) -> dict[str, int]:
-    """Bytes of the buffers of an engine on the device, by what they are, however many tokens `shape`
-    has: the index at its full capacity, the page pool and its tables, the ring with the steady
-    zone, the working memory of steps, and that of growth."""
+    """Bytes of the buffers of an engine on the device, by what they are: the index at its full
+    capacity, the page pool and its tables, the ring with the steady zone, the working memory of
+    steps, and that of growth. Of `shape` the tokens do not matter."""
     context = _layer(config, replace(shape, num_tokens=0), is_packed=True)
     first = torch.empty(step.batch, step.kv_heads, step.sinks + 1, step.head_dim, device=_META)
     first = first.to(shape.dtype)
@@ -142,8 +142,7 @@ def engine_bytes(config: OffloadConfig, shape: CacheShape, step: StepShape) -> d
         "pool": shape.layers * (sum(part.nbytes for part in layer.pool) - table),
         "tables": shape.layers * table,
         "ring": ring.nbytes + valid.nbytes,
-        "scratch": sum(buffers.values())
-        + shape.layers * sum(part.nbytes for part in layer.totals),
+        "scratch": sum(buffers.values()) + shape.layers * sum(part.nbytes for part in layer.totals),
         "growth": growth.nbytes,
     }
 

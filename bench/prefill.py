@@ -31,6 +31,7 @@ from transformers import LlamaForCausalLM
 from wavekv import OffloadConfig, OffloadedKV
 from wavekv.errors import CapacityError
 from wavekv.kvstore import CODEC_BITS
+from wavekv.model_adapters.prefill_plan import plan_prefill
 
 WARM_UP_CHUNKS = 2
 """Kernels compile and cuDNN makes plans; the host memory of the run is not made ahead."""

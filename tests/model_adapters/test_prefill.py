@@ -4,6 +4,7 @@ continued; refused before anything is done."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,8 @@ from torch import Tensor
 from wavekv import OffloadConfig, OffloadedKV
 from wavekv.errors import CapacityError
 from wavekv.model_adapters import prefill_plan
-from wavekv.model_adapters.prefill_plan import chunk_tokens, plan_prefill
-from wavekv.offload import LayerContext, Logits, OffloadRuntime, streaming
-from wavekv.offload.device_memory import index_bytes
+from wavekv.model_adapters.prefill_plan import plan_prefill
+from wavekv.offload import LayerContext, streaming
 
 Wrap = Callable[..., OffloadedKV]
 TOKENS = 300
@@ -74,7 +74,7 @@ def test_logits_do_not_depend_on_what_is_resident(
 
     def limited(*args: Any) -> Any:
         made.append(plan(*args))
-        return type(made[-1])(made[-1].end, min(resident, made[-1].resident_tokens))
+        return replace(made[-1], resident_tokens=min(resident, made[-1].resident_tokens))
 
     monkeypatch.setattr("wavekv.model_adapters.prefill.plan_prefill", limited)
     chunked = wrapped(model_type, device, prefill_chunk=chunk)
@@ -128,69 +128,108 @@ def test_an_interrupted_prefill_goes_on_where_it_was(
     )
 
 
-def test_a_device_that_is_too_small_is_an_error_before_anything(wrapped: Wrap, monkeypatch) -> None:
-    model = wrapped("llama", prefill_chunk=100)
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is free of a device that is none: `free[0]` bytes."""
+    amount = [10**12]
     monkeypatch.setattr(prefill_plan, "_cuda_devices", lambda _: [torch.device("cpu")])
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", 0)
-    free = [0]
-    monkeypatch.setattr(prefill_plan, "free_memory", lambda _: free[0])
+    monkeypatch.setattr(prefill_plan, "free_memory", lambda _: amount[0])
+    return amount
+
+
+def test_a_device_that_is_too_small_is_an_error_before_anything(
+    wrapped: Wrap, free: list[int]
+) -> None:
+    model = wrapped("llama", prefill_chunk=100)
+    free[0] = 10**6
     cache = model.new_cache()
     pattern = (
-        r"a prefill of 300 tokens needs .* GiB of device memory: .* GiB for the index of its "
-        r"pages, .* GiB for a chunk of 100 tokens and 0\.0 GiB to stream pages; 0\.0 GiB are free; "
-        "shorten the context, lower prefill_chunk, or free device memory"
+        r"a prefill of 300 tokens in chunks of 100 needs .* MiB of device memory \(.* MiB for "
+        r"index, .* MiB for chunk, .* MiB for forward, .* MiB for stream, .* MiB for building\), "
+        r"device_budget comes to 0\.9 MiB; raise device_budget, .*lower prefill_chunk"
     )
     with pytest.raises(CapacityError, match=pattern):
         model.prefill(prompt(TOKENS), cache)
     assert cache.get_seq_length() == 0
     assert not any(layer.context for layer in cache.offloaded_layers)
     assert not cache.runtime.arenas
-    # what may be kept is what the budget or the free memory leaves
-    kept = []
-    for free[0] in (2 * 10**6, 10**7, 10**8):
-        kept.append(plan_prefill(model.model, cache, 1, TOKENS, 100).resident_tokens)
-        assert kept[-1] * KV_BYTES <= 0.5 * free[0]
-    assert kept == sorted(kept)
+    # the same cache on a larger device
+    free[0] = 10**9
     model.prefill(prompt(TOKENS), cache)
     assert cache.get_seq_length() == TOKENS
 
 
-def test_the_length_of_a_chunk(wrapped: Wrap, monkeypatch) -> None:
-    def size(free: int | None, batch: int = 1, **settings: Any) -> int:
-        devices = [] if free is None else [torch.device("cpu")]
-        monkeypatch.setattr(prefill_plan, "_cuda_devices", lambda _: devices)
-        monkeypatch.setattr(prefill_plan, "free_memory", lambda _: free)
-        model = wrapped("llama", **settings)
-        return chunk_tokens(model.model, model.new_cache(), batch)
-
-    assert size(None) == 8192
-    assert size(10**12) == 32768
-    assert size(10**12, prefill_chunk=100) == 100
-    bytes_of_a_token = 4 * 2 * (48 + 64) + 4 * 16 * 20
-    assert size(4 * 32768 * bytes_of_a_token) == 32768
-    assert size(4 * 32768 * bytes_of_a_token - 4) == 16384
-    assert size(4 * 32768 * bytes_of_a_token, batch=2) == 16384
-    assert size(1) == 8192
+def test_steps_that_would_not_fit_are_an_error_before_the_prefill(
+    wrapped: Wrap, free: list[int]
+) -> None:
+    """Half of a long context in one step is more than the chunks that it came in."""
+    model = wrapped("llama", prefill_chunk=100, budget=0.5, refine=1)
+    free[0] = int(1.1 * prefill_needs(model, free, 60000))
+    cache = model.new_cache()
+    with pytest.raises(CapacityError, match=r"a .*decode step needs .* MiB for index"):
+        model.prefill(prompt(60000), cache)
+    assert not any(layer.context for layer in cache.offloaded_layers)
+    for settings in ({"mode": "exact"}, {"budget": 8}):
+        other = wrapped("llama", prefill_chunk=100, device_budget=1.0, **settings)
+        assert plan_prefill(other.model, other.new_cache(), 1, 60000).end == 60000
 
 
-@pytest.mark.parametrize("page_size", [4, 8, 16])
-@pytest.mark.parametrize("width", [16, 20, 128])
-def test_the_estimate_of_the_index_is_its_size(page_size: int, width: int) -> None:
-    segment = page_size << 5
-    config = OffloadConfig(
-        page_size=page_size, segment=segment, append_segment=segment, num_sink_tokens=0, window=1
-    )
-    runtime = OffloadRuntime(config)
-    runtime.is_for_engine = True
-    count = (2 if width > 100 else 16) * max(segment, width * 16)
-    keys = torch.randn(1, 2, count + 1, width, dtype=torch.bfloat16)
-    context = LayerContext(runtime, keys[:, :, :0], keys[:, :, :0])
-    context.attend(keys, keys, keys, None, Logits(1.0))
-    context.settle()
-    tokens = context.paged.num_tokens
-    counts = context.paged.device_counts.nbytes
-    actual = (context.paged.statistics_nbytes + counts) / (2 * tokens)
-    assert index_bytes(config, width) == pytest.approx(actual, rel=0.01)
+def prefill_needs(model: OffloadedKV, free: list[int], tokens: int) -> int:
+    """The least that a prefill is not refused for."""
+    exact = OffloadedKV(model.model, model.offload_config, mode="exact", device_budget=1.0)
+    least, most = 0, 10**10
+    while most - least > 1:
+        free[0] = (least + most) // 2
+        try:
+            plan_prefill(exact.model, exact.new_cache(), 1, tokens)
+        except CapacityError:
+            least = free[0]
+        else:
+            most = free[0]
+    return most
+
+
+def test_what_stays_on_the_device_is_what_the_budget_leaves(wrapped: Wrap, free: list[int]) -> None:
+    model = wrapped("llama", prefill_chunk=100, mode="exact", device_budget=1.0)
+    least = prefill_needs(model, free, 20000)
+    kept = []
+    for free[0] in (least, least + 99 * KV_BYTES, least + 10**6, 10**9):
+        kept.append(plan_prefill(model.model, model.new_cache(), 1, 20000).resident_tokens)
+    assert kept == [0, 99, 10**6 // KV_BYTES, 19900]
+
+
+def test_a_longer_context_counts_what_the_cache_holds_as_its_own(
+    wrapped: Wrap, free: list[int]
+) -> None:
+    model = wrapped("llama", prefill_chunk=100, device_budget=1.0, mode="exact")
+    cache = model.new_cache()
+    model.prefill(prompt(2000), cache)
+    held = cache.stats()["bytes_device"]
+    fresh = prefill_needs(model, free, 2100)
+    free[0] = fresh - held
+    # of a larger index it holds a part already
+    assert plan_prefill(model.model, cache, 1, 100).end == 2100
+
+
+def test_the_length_of_a_chunk(wrapped: Wrap, free: list[int]) -> None:
+    def size(batch: int = 1, **settings: Any) -> int:
+        model = wrapped("llama", device_budget=1.0, mode="exact", **settings)
+        return plan_prefill(model.model, model.new_cache(), batch, 10**5).chunk
+
+    assert size() == 32768
+    assert size(prefill_chunk=100) == 100
+    sizes = []
+    for free[0] in range(10**9, 255 * 2**20, -(10**7)):
+        sizes.append(size())
+    assert sizes == sorted(sizes, reverse=True)
+    assert {8192, 16384, 32768} == set(sizes)
+    free[0] = 5 * 10**8
+    assert size(batch=2) < size()
+
+
+def test_chunks_of_a_cpu(wrapped: Wrap) -> None:
+    model = wrapped("llama", device_budget=1)
+    assert plan_prefill(model.model, model.new_cache(), 1, 10**5).chunk == 8192
 
 
 @pytest.mark.gpu

@@ -118,7 +118,8 @@ def _forward_bytes(model: ModelShape, shape: CacheShape, num_tokens: int) -> int
     return forward_bytes(
         num_tokens * shape.batch,
         hidden=model.hidden,
-        inner=model.intermediate,
+        # of three matrices together, as `forward_bytes` has a block
+        inner=-(-model.intermediate // 3),
         num_queries=model.q_heads,
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,

@@ -74,14 +74,20 @@ def pool_parts(
     steady: of the zones that the contexts keep; library: of workspaces."""
     parts = engine_bytes(config, shape, step)
     rows = shape.layers * step.rows
-    building = build_copies(config) * 4 * rows * config.append_segment * step.head_dim
+    building = (
+        build_copies(config, shape.dtype.itemsize)
+        * 4
+        * rows
+        * config.append_segment
+        * step.head_dim
+    )
     # one part of a layer's index is there twice while it gets its room
     moved = parts["index"] // shape.layers
     return {
         "index": parts["index"],
         "steady zones": steady + parts["ring"],
         "steps": parts["scratch"] + parts["tables"] + moved + library,
-        "growth": 2 * parts["growth"] + building,
+        "growth": parts["growth"] + building,
         "pages": parts["pool"],
     }
 
@@ -110,10 +116,10 @@ def eager_parts(config: OffloadConfig, shape: CacheShape) -> dict[str, int]:
     most = min(pages, page_limits(config, most_tokens)[1])
     candidates = min(pages, most * config.refine) if config.refine > 1 and most < pages else 0
     e = shape.dtype.itemsize
-    # means as floats of two sizes, numbers of a page and query head, codes as floats in three
-    # copies, and pages as they are stored and as floats
+    # means as floats of two sizes and numbers of a page and query head; then codes of candidates as
+    # floats in three copies, or pages as they are stored and in several as floats
     of_head = pages * (2 * D * (e + 4) + 40 * shape.group)
-    of_head += candidates * P * D * 13 + most * P * D * (4 * e + 8)
+    of_head += P * D * max(13 * candidates, (4 * e + 24) * most)
     return {
         "index": sum(held.index.values()),
         "steady zones": steady_bytes(config, shape),

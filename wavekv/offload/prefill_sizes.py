@@ -15,9 +15,6 @@ from wavekv.offload.sizes import CacheShape, cache_bytes, room_for_local
 CPU_CHUNK, CUDA_CHUNK = 8192, 32768
 """Tokens of a forward where `prefill_chunk` leaves the choice. Long chunks read earlier pages less
 often; on CUDA a chunk is halved, down to the CPU's, while `device_budget` does not hold it."""
-_BUILD_COPIES, _CODED_COPIES = 6, 10
-"""Device memory of a page builder, in copies of its keys as float32: of pages as the model has
-them, and of those that become small integers."""
 PREFILL_DO = (
     "raise device_budget, free device memory, lower prefill_chunk, or take fewer tokens or "
     "sequences; cpu_budget and host_dtype change nothing here"
@@ -104,12 +101,13 @@ def building_bytes(config: OffloadConfig, shape: CacheShape, num_tokens: int) ->
     """Of what builds the pages of `num_tokens` of one layer: a batch of segments at a time."""
     of_token = 4 * shape.batch * shape.kv_heads * shape.head_dim
     batch = min(num_tokens * of_token, max(BATCH_BYTES, config.segment * of_token))
-    return build_copies(config) * batch
+    return build_copies(config, shape.dtype.itemsize) * batch
 
 
-def build_copies(config: OffloadConfig) -> int:
-    """Device memory of a page builder, in copies of the keys as float32."""
-    return _BUILD_COPIES if config.host_dtype == "model" else _CODED_COPIES
+def build_copies(config: OffloadConfig, itemsize: int) -> int:
+    """Device memory of a page builder, in copies of its keys as float32: tokens and pages as the
+    model has them, what sorts and encodes them, and what makes small integers (measured)."""
+    return 4 + itemsize + (0 if config.host_dtype == "model" else 3)
 
 
 def stream_bytes(layer_bytes: int, *, is_coded: bool) -> int:

@@ -166,7 +166,7 @@ def test_every_chunk_brings_back_the_pages_before_it() -> None:
 def test_chunks_are_shorter_where_memory_is_short() -> None:
     assert foresee().needs.prefill_chunk == 32768
     assert foresee(machine=CPU).needs.prefill_chunk == 8192
-    tight = replace(H100, device_memory=3 << 30)
+    tight = replace(H100, device_memory=2 << 30)
     assert foresee(machine=tight).needs.prefill_chunk < 32768
     assert foresee(prefill_chunk=100).needs.prefill_chunk == 100
 

@@ -3,6 +3,7 @@ continued; refused before anything is done."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from tiny_models import make_model, prompt
 from torch import Tensor
 
 from wavekv import OffloadConfig, OffloadedKV
+from wavekv.config import parse_size
 from wavekv.errors import CapacityError
 from wavekv.model_adapters import prefill_plan
 from wavekv.model_adapters.prefill_plan import plan_prefill
@@ -163,15 +165,16 @@ def test_steps_that_would_not_fit_are_an_error_before_the_prefill(
     wrapped: Wrap, free: list[int]
 ) -> None:
     """Half of a long context in one step is more than the chunks that it came in."""
-    model = wrapped("llama", prefill_chunk=100, budget=0.5, refine=1)
-    free[0] = int(1.1 * prefill_needs(model, free, 60000))
+    settings = {"prefill_chunk": 100, "budget": 0.5, "device_budget": 1.0}
+    model = wrapped("llama", **settings)
+    free[0] = prefill_needs(model, free, 60000)
     cache = model.new_cache()
-    with pytest.raises(CapacityError, match=r"a .*decode step needs .* MiB for index"):
+    with pytest.raises(CapacityError, match=r"a decode step needs .* MiB for index"):
         model.prefill(prompt(60000), cache)
     assert not any(layer.context for layer in cache.offloaded_layers)
-    for settings in ({"mode": "exact"}, {"budget": 8}):
-        other = wrapped("llama", prefill_chunk=100, device_budget=1.0, **settings)
-        assert plan_prefill(other.model, other.new_cache(), 1, 60000).end == 60000
+    for other in ({"mode": "exact"}, {"budget": 8}):
+        changed = wrapped("llama", **(settings | other))
+        assert plan_prefill(changed.model, changed.new_cache(), 1, 60000).end == 60000
 
 
 def prefill_needs(model: OffloadedKV, free: list[int], tokens: int) -> int:
@@ -246,7 +249,7 @@ def test_a_prefill_on_cuda_is_that_of_a_cpu(model_type: str, wrapped: Wrap) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("budget", ["1MiB", "24MiB", 0.5])
+@pytest.mark.parametrize("budget", ["256MiB", "280MiB", 0.5])
 def test_half_precision_prefills_agree_with_the_model(budget: object) -> None:
     """Blocks large enough for cuDNN: as close to float32 as the model's own attention over
     everything at once is."""
@@ -266,23 +269,53 @@ def test_half_precision_prefills_agree_with_the_model(budget: object) -> None:
 
 
 @pytest.mark.gpu
-def test_device_memory_is_that_of_the_settings() -> None:
-    """Twice the tokens need more index and nothing else."""
-    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda", torch.bfloat16)
-    settings = {"segment": 1024, "append_segment": 256, "page_size": 8}
-    config = OffloadConfig(**settings, device_budget="8MiB", prefill_chunk=2048)
-    one = OffloadedKV(model, config)
-    peaks = []
-    for tokens in (16384, 16384, 32768):
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+@pytest.mark.parametrize("budget", ["288MiB", "448MiB"])
+@pytest.mark.parametrize("tokens", [2000, 16384, 50000])
+def test_device_memory_stays_below_the_budget(budget: str, tokens: int) -> None:
+    """Prefill and steps, single ones and captured, beside the weights and the prompt."""
+    model = make_model("llama", attention="sdpa", head_dim=64, max_position_embeddings=1 << 17)
+    model = model.to("cuda", torch.bfloat16)
+    settings = {"segment": 1024, "append_segment": 256, "page_size": 8, "prefill_chunk": 2048}
+    one = OffloadedKV(model, OffloadConfig(**settings, device_budget=budget))
+    ids = prompt(tokens).cuda()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    cache = one.new_cache()
+    peaks = {}
+    for name in ("prefill", "steps", "second prefill"):
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        cache = one.new_cache()
-        one.prefill(prompt(tokens).cuda(), cache)
+        if name == "steps":
+            token = ids[:, -1:]
+            for _ in range(600):
+                with torch.no_grad():
+                    token = one(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            assert cache.steps is not None
+            assert cache.steps._graph is not None
+        else:
+            one.prefill(ids[:, :1000] if name == "second prefill" else ids, cache)
         torch.cuda.synchronize()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        del cache
-    index = 3 * 2 * 16384 * index_bytes(config, 64)
-    assert peaks[2] - peaks[1] < 1.5 * index + (4 << 20)
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+    limit = 1.05 * parse_size("device_budget", budget)
+    assert all(peak <= limit for peak in peaks.values()), peaks
+    one.unwrap()
+
+
+@pytest.mark.gpu
+def test_nothing_is_allocated_by_a_prefill_that_is_refused() -> None:
+    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda", torch.bfloat16)
+    ids = prompt(4000).cuda()
+    one = OffloadedKV(model, OffloadConfig(device_budget="16MiB", prefill_chunk=2048))
+    cache = one.new_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with pytest.raises(CapacityError, match="raise device_budget"):
+        one.prefill(ids, cache)
+    assert torch.cuda.max_memory_allocated() == before
+    assert cache.get_seq_length() == 0
+    cache.runtime.config = cache.config.override(device_budget="1GiB")
+    one.prefill(ids, cache)
+    assert cache.get_seq_length() == 4000
     one.unwrap()

@@ -74,13 +74,9 @@ def pool_parts(
     steady: of the zones that the contexts keep; library: of workspaces."""
     parts = engine_bytes(config, shape, step)
     rows = shape.layers * step.rows
-    building = (
-        build_copies(config, shape.dtype.itemsize)
-        * 4
-        * rows
-        * config.append_segment
-        * step.head_dim
-    )
+    # tokens are copied out of the ring first
+    copies = build_copies(config, shape.dtype.itemsize) + shape.dtype.itemsize
+    building = copies * 4 * rows * config.append_segment * step.head_dim
     # one part of a layer's index is there twice while it gets its room
     moved = parts["index"] // shape.layers
     return {

@@ -67,13 +67,15 @@ def needs_of(
         budget = device_budget(config, max(0, (machine.device_memory or 0) - weights - windows))
 
     def parts(chunk: int) -> dict[str, int]:
-        return prefill_parts(
+        found = prefill_parts(
             config,
             [shape],
             new_tokens=T,
             chunk=chunk,
-            forward=lambda tokens: _forward_bytes(model, shape, tokens) + LIBRARY_BYTES,
+            forward=lambda tokens: _forward_bytes(model, shape, tokens),
         )
+        found["forward"] += 8 * shape.batch * T
+        return found | {"libraries": LIBRARY_BYTES}
 
     chunk = chosen_chunk(config, budget, lambda size: sum(parts(size).values()))
     config = config.override(prefill_chunk=chunk)
@@ -102,7 +104,8 @@ def needs_of(
         steady = steady_bytes(config, shape)
         held = pool_parts(config, shape, step, steady, LIBRARY_BYTES)
         device = {"index": held["index"], "pool": held["pages"]}
-        device |= {"steady zone": held["steady zones"], "working": held["steps"] + held["growth"]}
+        device["steady zone"] = held["steady zones"]
+        device["working"] = held["steps"] + held["growth"] + held["libraries"]
     return Needs(
         device={"weights": weights, "windows": windows, **device},
         prefill=weights + windows + reading + resident * token_bytes,

@@ -62,8 +62,8 @@ def plan_prefill(
             forward=lambda tokens: _working_bytes(model, cache, batch, tokens),
         )
         # the ids of the whole prompt
-        found["forward"] += LIBRARY_BYTES * len(devices) + 8 * batch * total
-        return found
+        found["forward"] += 8 * batch * total
+        return found | {"libraries": LIBRARY_BYTES * len(devices)}
 
     chunk = chosen_chunk(config, budget, lambda size: sum(parts(size).values()))
     needed = parts(chunk)

@@ -82,8 +82,9 @@ def pool_parts(
     return {
         "index": parts["index"],
         "steady zones": steady + parts["ring"],
-        "steps": parts["scratch"] + parts["tables"] + moved + library,
+        "steps": parts["scratch"] + parts["tables"] + moved,
         "growth": parts["growth"] + building,
+        "libraries": library,
         "pages": parts["pool"],
     }
 
@@ -139,7 +140,7 @@ def check_steps(
     parts: Counter[str] = Counter()
     for shape in shapes:
         parts.update(eager_parts(config, shape))
-    parts["steps"] += LIBRARY_BYTES
+    parts["libraries"] = LIBRARY_BYTES
     if sum(parts.values()) > budget:
         raise too_much("a decode step", parts, budget, EAGER_DO)
     if is_captured and len(shapes) == 1:

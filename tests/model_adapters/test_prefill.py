@@ -148,7 +148,8 @@ def test_a_device_that_is_too_small_is_an_error_before_anything(
     pattern = (
         r"a prefill of 300 tokens in chunks of 100 needs .* MiB of device memory \(.* MiB for "
         r"index, .* MiB for chunk, .* MiB for forward, .* MiB for stream, .* MiB for building, "
-        r".* MiB for libraries\), device_budget comes to 0\.9 MiB; raise device_budget, .*lower prefill_chunk"
+        r".* MiB for libraries\), device_budget comes to 0\.9 MiB; "
+        r"raise device_budget, .*lower prefill_chunk"
     )
     with pytest.raises(CapacityError, match=pattern):
         model.prefill(prompt(TOKENS), cache)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload_cases import SMALL, D
+from offload_cases import SMALL, D, limit_slots
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
@@ -15,8 +15,6 @@ from wavekv.kernels import step_reference
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
 from wavekv.offload.engine import DecodeEngine
 from wavekv.offload.engine_shape import engine_refusal, wanted_shape
-from wavekv.offload.pool import pool_parts
-from wavekv.offload.sizes import CacheShape
 
 LOGITS = Logits(D**-0.5)
 HQ, HKV, LAYERS = 4, 2, 2
@@ -72,18 +70,6 @@ def engine_step(engine: DecodeEngine, token: list[tuple[Tensor, Tensor, Tensor]]
     return outs
 
 
-def limit_slots(contexts: list[LayerContext], slots: int) -> None:
-    """Give the contexts a device budget with room for so many slots and all else."""
-    step, zone = wanted_shape(contexts), contexts[0].steady
-    shape = CacheShape(len(contexts), step.batch, HKV, HQ // HKV, D, torch.float32, zone.end)
-    parts = (x.steady for x in contexts)
-    steady = sum(x.buffer.nbytes for zone in parts for x in (zone.keys, zone.values, zone.valid))
-    needed = pool_parts(contexts[0].runtime.config, shape, step, steady, 0)
-    least = sum(needed.values()) - needed["pages"] + slots * needed["pages"] // step.slots
-    runtime = contexts[0].runtime
-    runtime.config = runtime.config.override(device_budget=least)
-
-
 def forked(contexts: list[LayerContext]) -> list[LayerContext]:
     runtime = contexts[0].runtime.fork(contexts[0].runtime.config)
     return [context.fork(runtime) for context in contexts]
@@ -114,23 +100,16 @@ def started(
         {"prefetch": "runners-up"},
         {"host_dtype": "int8", "budget": 1.0},
         {"host_dtype": "int4-int2"},
+        {"budget": 8},
     ],
     ids=str,
 )
 def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
-    check_steps(chosen, is_small=False)
-
-
-def test_as_steps_one_by_one_with_the_least_pool() -> None:
-    check_steps({"budget": 8}, is_small=True)
-
-
-def check_steps(chosen: dict[str, object], *, is_small: bool) -> None:
     steps = Steps(0)
     # an engine's candidates are whole bins of ranks: alike only where they are all pages
     taken, contexts = started(steps, 150, **({"budget": 0.1, "refine": 64} | chosen))
     assert engine_refusal(taken) is None
-    if is_small:
+    if chosen.get("budget") == 8:
         limit_slots(taken, wanted_shape(taken).most)
     engine = DecodeEngine(taken, step_reference)
     for _ in range(60):

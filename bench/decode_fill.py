@@ -23,8 +23,8 @@ from wavekv.index.scatter import scatter_by_span
 from wavekv.offload import LayerContext, OffloadRuntime
 from wavekv.offload.builder import rounded_statistics
 from wavekv.offload.device_layer import device_parts
-from wavekv.offload.engine_shape import ROOM_TOKENS
 from wavekv.offload.paged import PagedZone, SegmentPages
+from wavekv.offload.room import ROOM_TOKENS
 
 Plant = Callable[[int, Tensor], None]
 """Changes some of the keys [B, Hkv, T, D] of the tokens from a position on."""

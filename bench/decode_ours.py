@@ -47,7 +47,7 @@ def add_flags(parser: ArgumentParser) -> None:
     group.add_argument("--refine", type=int, default=16)
     group.add_argument("--prefetch", choices=PREFETCHES, default="none")
     group.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
-    group.add_argument("--device-budget", default="0.5", help="of the page pool: share or size")
+    group.add_argument("--device-budget", default="0.9", help="see OffloadConfig")
     group.add_argument("--max-misses", type=int, help="pages fetched by a KV head in a step")
     group.add_argument("--steps", type=int, default=256, help="steps that are timed")
     group.add_argument(

@@ -31,7 +31,7 @@ from transformers import LlamaForCausalLM
 from wavekv import OffloadConfig, OffloadedKV
 from wavekv.errors import CapacityError
 from wavekv.kvstore import CODEC_BITS
-from wavekv.model_adapters.prefill_plan import chunk_tokens
+from wavekv.model_adapters.prefill_plan import plan_prefill
 
 WARM_UP_CHUNKS = 2
 """Kernels compile and cuDNN makes plans; the host memory of the run is not made ahead."""
@@ -181,7 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
     parser.add_argument("--cpu-budget", type=size, default=0.8, help="see OffloadConfig")
-    parser.add_argument("--device-budget", type=size, default=0.5, help="see OffloadConfig")
+    parser.add_argument("--device-budget", type=size, default=0.9, help="see OffloadConfig")
     parser.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
@@ -211,8 +211,9 @@ def main() -> None:
     config = decoder_config(args.shape, args.layers)
     model = random_decoder(config, args.device, dtype, args.seed)
     if args.chunk is None:
-        wrapped = OffloadedKV(model)
-        args.chunk = chunk_tokens(model, wrapped.new_cache(), args.batch)
+        wrapped = OffloadedKV(model, offload_config(args))
+        plan = plan_prefill(model, wrapped.new_cache(), args.batch, max(args.tokens))
+        args.chunk = plan.chunk
         wrapped.unwrap()
     record: dict[str, Any] = {
         "machine": machine_record(),

@@ -45,18 +45,21 @@ class OffloadConfig:
     append_segment: int = 256
     """Stretch of generated tokens that is clustered at once: `page_size` times a power of two."""
     prefill_chunk: int | None = None
-    """Tokens that one forward of a prefill takes. None: 8192 on a CPU; on CUDA 32768, or less where
-    the tensors of such a forward would take more than a quarter of the free memory."""
+    """Tokens that one forward of a prefill takes. None: 8192 on a CPU; on CUDA 32768, or half or a
+    quarter of that where `device_budget` does not hold such chunks."""
     cpu_budget: float | int | str = 0.8
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
     host_dtype: Literal["model", "int8", "int4", "int4-int2"] = "model"
     """How pages are stored on the host, and cross the bus: in the model's dtype, or keys and values
     as integers of 8 bits, of 4, or of 4 and 2, with a range for each channel of a page: 63, 38 or
     32 % of the bytes of bfloat16 pages of 8 tokens (docs/accuracy.md has what they cost)."""
-    device_budget: float | int | str = 0.5
-    """Device memory for pages (CUDA): bytes, "8GiB", or a float share of what is free. A prefill
-    keeps the tokens there that it pages out, as many as fit, and streams the others in each chunk;
-    it frees all of it at its end. Decode steps keep up to eight budgets of pages there."""
+    device_budget: float | int | str = 0.9
+    """All device memory (CUDA) that a cache may take beside the weights of its model: bytes,
+    "8GiB", or a float share of what is free or held by the cache already. It holds the index, with
+    room for some thousand tokens to come; while a prompt is prefilled also the chunk, the tensors
+    of a forward, what builds and streams pages, and as many of its pages as there is room for;
+    while steps run their working memory and up to eight budgets of pages. A prefill that does not
+    fit, or after which no step would, is an error before it begins."""
     max_misses: int | None = None
     """Pages that a KV head waits for in a captured step. Others that it chose and that are not on
     the device, those of the lowest rank, are estimated in this step and fetched for the next. None

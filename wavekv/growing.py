@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_SHRINK_AT = 8
+SHRINK_AT = 8
 """Capacity over length at which dropping rows also frees memory."""
 
 
@@ -90,7 +90,7 @@ class GrowingTensor:
         """Forget `count` rows from `start` on; later rows move up."""
         kept = self.view.narrow(self.dim, start + count, self._length - start - count).clone()
         length = self._length - count
-        if self._buffer.shape[self.dim] > _SHRINK_AT * length:
+        if self._buffer.shape[self.dim] > SHRINK_AT * length:
             self._buffer = torch.cat([self.view.narrow(self.dim, 0, start), kept], self.dim)
         else:
             self._buffer.narrow(self.dim, start, length - start).copy_(kept)

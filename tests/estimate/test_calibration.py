@@ -53,5 +53,6 @@ def test_bytes(row: dict[str, Any], is_compiled: bool) -> None:
     per_layer = row["host_bytes"]
     assert it.needs.cache.host_pages == pytest.approx(per_layer, rel=1e-3)
     assert it.bus_bytes == pytest.approx(row["pcie_bytes"], rel=0.05)
-    # the queries of the walk, and what an allocator keeps
-    assert 0.9 * row["device_bytes"] < it.needs.decode <= row["device_bytes"]
+    # measured with the queries of the walk and what an allocator keeps; foreseen with what moves
+    # while an engine is made and what a prefill leaves in steady zones
+    assert it.needs.decode == pytest.approx(row["device_bytes"], rel=0.025)

@@ -229,7 +229,7 @@ def test_what_cannot_be_captured_says_why(
 
 
 def test_room_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wavekv.offload.engine_shape.ROOM_TOKENS", 32)
+    monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 32)
     ids = prompt(100).to(DEVICE)
     eager, graph = wrap(capture=False), wrap()
     expected = generated(eager, ids, eager.new_cache(), max_new_tokens=150)

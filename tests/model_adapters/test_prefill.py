@@ -3,7 +3,9 @@ continued; refused before anything is done."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +14,11 @@ from tiny_models import make_model, prompt
 from torch import Tensor
 
 from wavekv import OffloadConfig, OffloadedKV
+from wavekv.config import parse_size
 from wavekv.errors import CapacityError
 from wavekv.model_adapters import prefill_plan
-from wavekv.model_adapters.prefill_plan import chunk_tokens, plan_prefill
-from wavekv.offload import LayerContext, Logits, OffloadRuntime, streaming
-from wavekv.offload.device_memory import index_bytes
+from wavekv.model_adapters.prefill_plan import plan_prefill
+from wavekv.offload import LayerContext, streaming
 
 Wrap = Callable[..., OffloadedKV]
 TOKENS = 300
@@ -74,7 +76,7 @@ def test_logits_do_not_depend_on_what_is_resident(
 
     def limited(*args: Any) -> Any:
         made.append(plan(*args))
-        return type(made[-1])(made[-1].end, min(resident, made[-1].resident_tokens))
+        return replace(made[-1], resident_tokens=min(resident, made[-1].resident_tokens))
 
     monkeypatch.setattr("wavekv.model_adapters.prefill.plan_prefill", limited)
     chunked = wrapped(model_type, device, prefill_chunk=chunk)
@@ -128,69 +130,110 @@ def test_an_interrupted_prefill_goes_on_where_it_was(
     )
 
 
-def test_a_device_that_is_too_small_is_an_error_before_anything(wrapped: Wrap, monkeypatch) -> None:
-    model = wrapped("llama", prefill_chunk=100)
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What is free of a device that is none: `free[0]` bytes."""
+    amount = [10**12]
     monkeypatch.setattr(prefill_plan, "_cuda_devices", lambda _: [torch.device("cpu")])
-    monkeypatch.setattr(streaming, "BLOCK_BYTES", 0)
-    free = [0]
-    monkeypatch.setattr(prefill_plan, "free_memory", lambda _: free[0])
+    monkeypatch.setattr(prefill_plan, "free_memory", lambda _: amount[0])
+    return amount
+
+
+def test_a_device_that_is_too_small_is_an_error_before_anything(
+    wrapped: Wrap, free: list[int]
+) -> None:
+    model = wrapped("llama", prefill_chunk=100)
+    free[0] = 10**6
     cache = model.new_cache()
     pattern = (
-        r"a prefill of 300 tokens needs .* GiB of device memory: .* GiB for the index of its "
-        r"pages, .* GiB for a chunk of 100 tokens and 0\.0 GiB to stream pages; 0\.0 GiB are free; "
-        "shorten the context, lower prefill_chunk, or free device memory"
+        r"a prefill of 300 tokens in chunks of 100 needs .* MiB of device memory \(.* MiB for "
+        r"index, .* MiB for chunk, .* MiB for forward, .* MiB for stream, .* MiB for building, "
+        r".* MiB for libraries\), device_budget comes to 0\.9 MiB; "
+        r"raise device_budget, .*lower prefill_chunk"
     )
     with pytest.raises(CapacityError, match=pattern):
         model.prefill(prompt(TOKENS), cache)
     assert cache.get_seq_length() == 0
     assert not any(layer.context for layer in cache.offloaded_layers)
     assert not cache.runtime.arenas
-    # what may be kept is what the budget or the free memory leaves
-    kept = []
-    for free[0] in (2 * 10**6, 10**7, 10**8):
-        kept.append(plan_prefill(model.model, cache, 1, TOKENS, 100).resident_tokens)
-        assert kept[-1] * KV_BYTES <= 0.5 * free[0]
-    assert kept == sorted(kept)
+    # the same cache on a larger device
+    free[0] = 10**9
     model.prefill(prompt(TOKENS), cache)
     assert cache.get_seq_length() == TOKENS
 
 
-def test_the_length_of_a_chunk(wrapped: Wrap, monkeypatch) -> None:
-    def size(free: int | None, batch: int = 1, **settings: Any) -> int:
-        devices = [] if free is None else [torch.device("cpu")]
-        monkeypatch.setattr(prefill_plan, "_cuda_devices", lambda _: devices)
-        monkeypatch.setattr(prefill_plan, "free_memory", lambda _: free)
-        model = wrapped("llama", **settings)
-        return chunk_tokens(model.model, model.new_cache(), batch)
-
-    assert size(None) == 8192
-    assert size(10**12) == 32768
-    assert size(10**12, prefill_chunk=100) == 100
-    bytes_of_a_token = 4 * 2 * (48 + 64) + 4 * 16 * 20
-    assert size(4 * 32768 * bytes_of_a_token) == 32768
-    assert size(4 * 32768 * bytes_of_a_token - 4) == 16384
-    assert size(4 * 32768 * bytes_of_a_token, batch=2) == 16384
-    assert size(1) == 8192
+def test_steps_that_would_not_fit_are_an_error_before_the_prefill(
+    wrapped: Wrap, free: list[int]
+) -> None:
+    """Half of a long context in one step is more than the chunks that it came in."""
+    settings = {"prefill_chunk": 100, "budget": 0.5, "device_budget": 1.0}
+    model = wrapped("llama", **settings)
+    free[0] = prefill_needs(model, free, 60000)
+    cache = model.new_cache()
+    with pytest.raises(CapacityError, match=r"a decode step needs .* MiB for index"):
+        model.prefill(prompt(60000), cache)
+    assert not any(layer.context for layer in cache.offloaded_layers)
+    for other in ({"mode": "exact"}, {"budget": 8}):
+        changed = wrapped("llama", **(settings | other))
+        assert plan_prefill(changed.model, changed.new_cache(), 1, 60000).end == 60000
 
 
-@pytest.mark.parametrize("page_size", [4, 8, 16])
-@pytest.mark.parametrize("width", [16, 20, 128])
-def test_the_estimate_of_the_index_is_its_size(page_size: int, width: int) -> None:
-    segment = page_size << 5
-    config = OffloadConfig(
-        page_size=page_size, segment=segment, append_segment=segment, num_sink_tokens=0, window=1
-    )
-    runtime = OffloadRuntime(config)
-    runtime.is_for_engine = True
-    count = (2 if width > 100 else 16) * max(segment, width * 16)
-    keys = torch.randn(1, 2, count + 1, width, dtype=torch.bfloat16)
-    context = LayerContext(runtime, keys[:, :, :0], keys[:, :, :0])
-    context.attend(keys, keys, keys, None, Logits(1.0))
-    context.settle()
-    tokens = context.paged.num_tokens
-    counts = context.paged.device_counts.nbytes
-    actual = (context.paged.statistics_nbytes + counts) / (2 * tokens)
-    assert index_bytes(config, width) == pytest.approx(actual, rel=0.01)
+def prefill_needs(model: OffloadedKV, free: list[int], tokens: int) -> int:
+    """The least that a prefill is not refused for."""
+    exact = OffloadedKV(model.model, model.offload_config, mode="exact", device_budget=1.0)
+    least, most = 0, 10**10
+    while most - least > 1:
+        free[0] = (least + most) // 2
+        try:
+            plan_prefill(exact.model, exact.new_cache(), 1, tokens)
+        except CapacityError:
+            least = free[0]
+        else:
+            most = free[0]
+    return most
+
+
+def test_what_stays_on_the_device_is_what_the_budget_leaves(wrapped: Wrap, free: list[int]) -> None:
+    model = wrapped("llama", prefill_chunk=100, mode="exact", device_budget=1.0)
+    least = prefill_needs(model, free, 20000)
+    kept = []
+    for free[0] in (least, least + 99 * KV_BYTES, least + 10**6, 10**9):
+        kept.append(plan_prefill(model.model, model.new_cache(), 1, 20000).resident_tokens)
+    assert kept == [0, 99, 10**6 // KV_BYTES, 19900]
+
+
+def test_a_longer_context_counts_what_the_cache_holds_as_its_own(
+    wrapped: Wrap, free: list[int]
+) -> None:
+    model = wrapped("llama", prefill_chunk=100, device_budget=1.0, mode="exact")
+    cache = model.new_cache()
+    model.prefill(prompt(2000), cache)
+    held = cache.stats()["bytes_device"]
+    fresh = prefill_needs(model, free, 2100)
+    free[0] = fresh - held
+    # of a larger index it holds a part already
+    assert plan_prefill(model.model, cache, 1, 100).end == 2100
+
+
+def test_the_length_of_a_chunk(wrapped: Wrap, free: list[int]) -> None:
+    def size(batch: int = 1, **settings: Any) -> int:
+        model = wrapped("llama", device_budget=1.0, mode="exact", **settings)
+        return plan_prefill(model.model, model.new_cache(), batch, 10**5).chunk
+
+    assert size() == 32768
+    assert size(prefill_chunk=100) == 100
+    sizes = []
+    for free[0] in range(10**9, 255 * 2**20, -(10**7)):
+        sizes.append(size())
+    assert sizes == sorted(sizes, reverse=True)
+    assert {8192, 16384, 32768} == set(sizes)
+    free[0] = 5 * 10**8
+    assert size(batch=2) < size()
+
+
+def test_chunks_of_a_cpu(wrapped: Wrap) -> None:
+    model = wrapped("llama", device_budget=1)
+    assert plan_prefill(model.model, model.new_cache(), 1, 10**5).chunk == 8192
 
 
 @pytest.mark.gpu
@@ -207,7 +250,7 @@ def test_a_prefill_on_cuda_is_that_of_a_cpu(model_type: str, wrapped: Wrap) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("budget", ["1MiB", "24MiB", 0.5])
+@pytest.mark.parametrize("budget", ["256MiB", "280MiB", 0.5])
 def test_half_precision_prefills_agree_with_the_model(budget: object) -> None:
     """Blocks large enough for cuDNN: as close to float32 as the model's own attention over
     everything at once is."""
@@ -227,23 +270,53 @@ def test_half_precision_prefills_agree_with_the_model(budget: object) -> None:
 
 
 @pytest.mark.gpu
-def test_device_memory_is_that_of_the_settings() -> None:
-    """Twice the tokens need more index and nothing else."""
-    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda", torch.bfloat16)
-    settings = {"segment": 1024, "append_segment": 256, "page_size": 8}
-    config = OffloadConfig(**settings, device_budget="8MiB", prefill_chunk=2048)
-    one = OffloadedKV(model, config)
-    peaks = []
-    for tokens in (16384, 16384, 32768):
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+@pytest.mark.parametrize("budget", ["288MiB", "448MiB"])
+@pytest.mark.parametrize("tokens", [2000, 16384, 50000])
+def test_device_memory_stays_below_the_budget(budget: str, tokens: int) -> None:
+    """Prefill and steps, single ones and captured, beside the weights and the prompt."""
+    model = make_model("llama", attention="sdpa", head_dim=64, max_position_embeddings=1 << 17)
+    model = model.to("cuda", torch.bfloat16)
+    settings = {"segment": 1024, "append_segment": 256, "page_size": 8, "prefill_chunk": 2048}
+    one = OffloadedKV(model, OffloadConfig(**settings, device_budget=budget))
+    ids = prompt(tokens).cuda()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    cache = one.new_cache()
+    peaks = {}
+    for name in ("prefill", "steps", "second prefill"):
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        cache = one.new_cache()
-        one.prefill(prompt(tokens).cuda(), cache)
+        if name == "steps":
+            token = ids[:, -1:]
+            for _ in range(600):
+                with torch.no_grad():
+                    token = one(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
+            assert cache.steps is not None
+            assert cache.steps._graph is not None
+        else:
+            one.prefill(ids[:, :1000] if name == "second prefill" else ids, cache)
         torch.cuda.synchronize()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        del cache
-    index = 3 * 2 * 16384 * index_bytes(config, 64)
-    assert peaks[2] - peaks[1] < 1.5 * index + (4 << 20)
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+    limit = 1.05 * parse_size("device_budget", budget)
+    assert all(peak <= limit for peak in peaks.values()), peaks
+    one.unwrap()
+
+
+@pytest.mark.gpu
+def test_nothing_is_allocated_by_a_prefill_that_is_refused() -> None:
+    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda", torch.bfloat16)
+    ids = prompt(4000).cuda()
+    one = OffloadedKV(model, OffloadConfig(device_budget="16MiB", prefill_chunk=2048))
+    cache = one.new_cache()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with pytest.raises(CapacityError, match="raise device_budget"):
+        one.prefill(ids, cache)
+    assert torch.cuda.max_memory_allocated() == before
+    assert cache.get_seq_length() == 0
+    cache.runtime.config = cache.config.override(device_budget="1GiB")
+    one.prefill(ids, cache)
+    assert cache.get_seq_length() == 4000
     one.unwrap()

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from wavekv.config import OffloadConfig
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
+from wavekv.offload.engine_shape import wanted_shape
+from wavekv.offload.pool import pool_parts
+from wavekv.offload.sizes import CacheShape
 
 D = 8
 SMALL: dict[str, Any] = {
@@ -136,3 +139,16 @@ def prefill(context: LayerContext, tokens: Tokens, chunk: int = 10**9, **options
     context.runtime.is_prefilling = False
     context.page_out()
     context.settle()
+
+
+def limit_slots(contexts: list[LayerContext], slots: int) -> None:
+    """Give contexts a device budget with room for so many slots of a page pool and all else."""
+    step, runtime = wanted_shape(contexts), contexts[0].runtime
+    keys = contexts[0].steady.keys.view
+    sizes = step.batch, step.kv_heads, step.group, step.head_dim
+    shape = CacheShape(len(contexts), *sizes, keys.dtype, contexts[0].num_tokens)
+    zones = [context.steady for context in contexts]
+    steady = sum(x.buffer.nbytes for zone in zones for x in (zone.keys, zone.values, zone.valid))
+    needed = pool_parts(runtime.config, shape, step, steady, 0)
+    least = sum(needed.values()) - needed["pages"] + slots * needed["pages"] // step.slots
+    runtime.config = runtime.config.override(device_budget=least)

@@ -95,7 +95,7 @@ class ContextMachine(RuleBasedStateMachine):
         runtime = pair.context.runtime
         runtime.is_prefilling = True
         if resident is not None:
-            runtime.plan = PrefillPlan(len(pair.tokens) + sum(chunks), resident)
+            runtime.plan = PrefillPlan(len(pair.tokens) + sum(chunks), 0, resident)
         for count in chunks:
             self.forward(pair, count, masked)
         runtime.is_prefilling, runtime.plan = False, None

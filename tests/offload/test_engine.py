@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload_cases import SMALL, D
+from offload_cases import SMALL, D, limit_slots
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
@@ -14,7 +14,7 @@ from wavekv.errors import CapacityError
 from wavekv.kernels import step_reference
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
 from wavekv.offload.engine import DecodeEngine
-from wavekv.offload.engine_shape import engine_refusal
+from wavekv.offload.engine_shape import engine_refusal, wanted_shape
 
 LOGITS = Logits(D**-0.5)
 HQ, HKV, LAYERS = 4, 2, 2
@@ -97,10 +97,10 @@ def started(
         {"tail_estimate": "first"},
         {"tail_estimate": "none"},
         {"refine": 1},
-        {"budget": 8, "device_budget": 4096},
         {"prefetch": "runners-up"},
         {"host_dtype": "int8", "budget": 1.0},
         {"host_dtype": "int4-int2"},
+        {"budget": 8},
     ],
     ids=str,
 )
@@ -109,6 +109,8 @@ def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
     # an engine's candidates are whole bins of ranks: alike only where they are all pages
     taken, contexts = started(steps, 150, **({"budget": 0.1, "refine": 64} | chosen))
     assert engine_refusal(taken) is None
+    if chosen.get("budget") == 8:
+        limit_slots(taken, wanted_shape(taken).most)
     engine = DecodeEngine(taken, step_reference)
     for _ in range(60):
         token = steps.token()
@@ -175,7 +177,7 @@ def test_any_length_padding_and_crop(
 
 def test_to_the_end_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets grow with the context: the last step of an engine chooses the most pages."""
-    monkeypatch.setattr("wavekv.offload.engine_shape.ROOM_TOKENS", 64)
+    monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 64)
     steps = Steps(7)
     taken, contexts = started(steps, 150, budget=0.6, refine=64, prefetch="runners-up")
     engine = DecodeEngine(taken, step_reference)
@@ -242,11 +244,13 @@ def test_giving_back_may_fail_and_be_repeated(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_rehearsals_leave_no_trace_in_a_small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wavekv.offload.engine_shape.ROOM_TOKENS", 32)
+    monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 32)
     steps = Steps(10)
-    taken, contexts = started(steps, 200, budget=0.5, refine=64, device_budget=48 * 1024)
+    taken, contexts = started(steps, 200, budget=0.5, refine=64)
+    slots = wanted_shape(taken).most + 3
+    limit_slots(taken, slots)
     engine = DecodeEngine(taken, step_reference)
-    assert engine.shape.slots < 2 * engine.shape.most
+    assert engine.shape.slots == slots < 2 * engine.shape.most
     rehearsed = steps.token()
     engine.before_step()
     for _ in range(2):
@@ -283,8 +287,10 @@ def test_misses_beyond_the_cap_are_estimated() -> None:
 
 
 def test_device_budget_too_small() -> None:
-    taken, contexts = started(Steps(2), 200, budget=0.5, device_budget=256)
-    with pytest.raises(CapacityError, match="raise device_budget"):
+    taken, contexts = started(Steps(2), 200, budget=0.5)
+    limit_slots(taken, wanted_shape(taken).most - 1)
+    pattern = r"needs .* MiB for index, .* device_budget comes to .* MiB; raise device_budget"
+    with pytest.raises(CapacityError, match=pattern):
         DecodeEngine(taken, step_reference)
     token = Steps(3).token()
     for ours, theirs in zip(eager_step(taken, token), eager_step(contexts, token), strict=True):

@@ -24,7 +24,7 @@ HEADS = 2
 def planned(one: LayerContext, num_new: int, resident_tokens: int) -> LayerContext:
     """Let a prefill of `num_new` more tokens begin."""
     one.runtime.is_prefilling = True
-    one.runtime.plan = PrefillPlan(one.num_tokens + num_new, resident_tokens)
+    one.runtime.plan = PrefillPlan(one.num_tokens + num_new, num_new, resident_tokens)
     return one
 
 

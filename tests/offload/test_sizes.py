@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from offload_cases import SMALL
 
 from wavekv.config import OffloadConfig
-from wavekv.errors import CapacityError
 from wavekv.kernels import step_reference
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
 from wavekv.offload.engine import DecodeEngine
@@ -20,7 +19,6 @@ from wavekv.offload.sizes import CacheShape, cache_bytes, engine_bytes, engine_s
 SHAPE = CacheShape(
     layers=2, batch=2, kv_heads=2, group=2, head_dim=16, dtype=torch.float32, num_tokens=300
 )
-ENOUGH = 1 << 40
 
 
 def config_of(**chosen: object) -> OffloadConfig:
@@ -115,7 +113,8 @@ def test_caches_of_any_shape(
         {},
         {"budget": 0.5},
         {"budget": 8, "max_misses": 1},
-        {"budget": 8, "device_budget": 24 * 1024},
+        {"budget": 8, "prefetch": "early"},
+        {"budget": 8, "prefetch": "runners-up"},
         {"tail_estimate": "none", "refine": 1},
         {"host_dtype": "int8"},
     ],
@@ -131,7 +130,7 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
         context.settle()
     engine = DecodeEngine(contexts, step_reference)
     shape = replace(SHAPE, num_tokens=SHAPE.num_tokens + 1)
-    step = engine_step_shape(config, shape, free=ENOUGH)
+    step = engine_step_shape(config, shape)
     assert step == engine.shape
 
     def nbytes(tensors: object) -> int:
@@ -139,30 +138,20 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
 
     layers = engine.layers
     steady = {id(x.steady.valid): x.steady.valid.nbytes for x in layers}
-    working = nbytes(engine.scratch) + sum(nbytes(layer.totals) for layer in layers)
+    scratches = (engine.scratch, *engine._fetches.scratches)
+    scratch = {part.data_ptr(): part.nbytes for parts in scratches for part in parts}
+    working = sum(scratch.values()) + sum(nbytes(layer.totals) for layer in layers)
+    tables = sum(layer.pool.table.nbytes for layer in layers)
     on_host = engine.growth._host_ids.nbytes
     held_already = engine.ring.nbytes + engine.counters.nbytes
     assert engine_bytes(config, shape, step) == {
         "index": sum(nbytes(layer.pages) for layer in layers),
-        "pool": sum(nbytes(layer.pool) for layer in layers),
-        "steady": engine.ring.nbytes + sum(steady.values()),
+        "pool": sum(nbytes(layer.pool) for layer in layers) - tables,
+        "tables": tables,
+        "ring": engine.ring.nbytes + sum(steady.values()),
         "scratch": working,
         "growth": nbytes(vars(engine.growth).values()) - on_host - held_already,
     }
-
-
-def test_a_pool_that_does_not_fit_is_refused() -> None:
-    config = config_of(budget=0.5, device_budget=256)
-    with pytest.raises(CapacityError, match="raise device_budget"):
-        engine_step_shape(config, SHAPE, free=ENOUGH)
-
-
-def test_a_share_of_the_device_is_of_what_is_free() -> None:
-    config = config_of(budget=0.5, device_budget=0.5)
-    rows = SHAPE.layers * SHAPE.batch * SHAPE.kv_heads
-    page = cache_bytes(config, SHAPE, is_packed=True).layout.dense_bytes
-    few = engine_step_shape(config, SHAPE, free=2 * 1200 * rows * page)
-    assert few.slots == 1200
 
 
 def test_a_million_tokens_take_no_memory_to_foresee() -> None:
@@ -170,5 +159,5 @@ def test_a_million_tokens_take_no_memory_to_foresee() -> None:
     config = OffloadConfig(prefill_chunk=8192)
     cache = cache_bytes(config, shape, is_packed=True)
     assert cache.host_pages > 200 << 40
-    step = engine_step_shape(config, shape, free=1 << 60)
+    step = engine_step_shape(config, shape)
     assert engine_bytes(config, shape, step)["index"] > sum(cache.index.values())

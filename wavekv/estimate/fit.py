@@ -26,10 +26,8 @@ def misfits(config: OffloadConfig, machine: MachineRecord, needs: Needs) -> list
     if not machine.rates.has_device:
         do = "fewer tokens, a smaller batch, or a machine with more memory"
         return _too_much("memory", needs.total + needs.host, memory, do)
-    found = []
-    if needs.refusal is not None:
-        found.append(Misfit("the page pool does not fit the device", needs.refusal))
-    do = "fewer tokens, a smaller batch, a smaller device_budget or prefill_chunk"
+    found = [Misfit("device_budget is too small", refusal) for refusal in needs.refusals]
+    do = "fewer tokens, a smaller batch, a smaller prefill_chunk, or a device with more memory"
     found += _too_much("device memory", needs.total, memory, do)
     do = "fewer tokens, a smaller batch, a larger cpu_budget, or a host with more memory"
     if config.host_dtype == "model":

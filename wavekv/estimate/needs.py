@@ -9,20 +9,16 @@ from wavekv.errors import CapacityError
 from wavekv.estimate.model import ModelShape
 from wavekv.kernels.step import StepShape
 from wavekv.machine.record import MachineRecord
+from wavekv.offload.device_memory import LIBRARY_BYTES, device_budget, too_much
+from wavekv.offload.pool import check_steps, foreseen_shape, pool_parts, steady_bytes
 from wavekv.offload.prefill_sizes import (
-    building_bytes,
+    PREFILL_DO,
     chosen_chunk,
     forward_bytes,
+    prefill_parts,
     resident_tokens,
-    stream_bytes,
 )
-from wavekv.offload.sizes import (
-    CacheBytes,
-    CacheShape,
-    cache_bytes,
-    engine_bytes,
-    engine_step_shape,
-)
+from wavekv.offload.sizes import CacheBytes, CacheShape, cache_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +36,9 @@ class Needs:
     cache: CacheBytes
     """After the prefill. Of the index `device` has more: room for tokens to come."""
     step: StepShape | None
-    """Of the engine; None where steps are not captured, or no pool fits."""
-    refusal: str | None
-    """Why no pool fits."""
+    """Of the engine; None where steps are not captured, or do not fit."""
+    refusals: list[str]
+    """Why a prefill is refused before it begins."""
 
     @property
     def decode(self) -> int:
@@ -66,47 +62,58 @@ def needs_of(
     """Of a prefill and the steps after it."""
     has_device, T = machine.rates.has_device, shape.num_tokens
     weights, windows = model.parameters * shape.dtype.itemsize, window_bytes(model, shape)
-    free = max(0, (machine.device_memory or 0) - weights - windows) if has_device else None
-    chunk = chosen_chunk(config, free, lambda size: _forward_bytes(model, shape, size))
+    budget = None
+    if has_device:
+        budget = device_budget(config, max(0, (machine.device_memory or 0) - weights - windows))
+
+    def parts(chunk: int) -> dict[str, int]:
+        found = prefill_parts(
+            config,
+            [shape],
+            new_tokens=T,
+            chunk=chunk,
+            forward=lambda tokens: _forward_bytes(model, shape, tokens),
+        )
+        found["forward"] += 8 * shape.batch * T
+        return found | {"libraries": LIBRARY_BYTES}
+
+    chunk = chosen_chunk(config, budget, lambda size: sum(parts(size).values()))
     config = config.override(prefill_chunk=chunk)
     cache = cache_bytes(config, shape, is_packed=has_device)
-    index = sum(cache.index.values())
     token_bytes = 2 * shape.layers * shape.batch * shape.kv_heads * shape.head_dim
     token_bytes *= shape.dtype.itemsize
-    growing = index + cache.local_tokens * token_bytes + _forward_bytes(model, shape, min(chunk, T))
-    resident = 0
-    if free is not None:
-        is_coded = config.host_dtype != "model"
-        stream = stream_bytes(T * token_bytes // shape.layers, is_coded=is_coded)
-        growing += stream + building_bytes(min(chunk, T) * token_bytes // shape.layers)
-        resident = resident_tokens(
-            config,
-            total=T,
-            chunk=chunk,
-            free=free,
-            needed=growing,
-            stream=stream,
-            token_bytes=token_bytes,
-        )
-    step = refusal = None
-    if free is not None and is_captured(model, machine):
-        try:
-            step = engine_step_shape(config, shape, free=max(0, free - index - cache.steady))
-        except CapacityError as error:
-            refusal = str(error)
+    index = sum(cache.index.values())
     device = {"index": index, "pool": 0, "steady zone": cache.steady, "working": 0}
+    reading = index + cache.local_tokens * token_bytes + _forward_bytes(model, shape, min(chunk, T))
+    resident, step, refusals = 0, None, list[str]()
+    if budget is not None:
+        needed = parts(chunk)
+        reading = sum(needed.values())
+        left = budget - reading
+        if left < 0:
+            what = f"a prefill of {T} tokens in chunks of {min(chunk, T)}"
+            refusals.append(str(too_much(what, needed, budget, PREFILL_DO)))
+        resident = resident_tokens(total=T, chunk=chunk, room=left, token_bytes=token_bytes)
+        captured = config.capture and is_captured(model, machine)
+        try:
+            check_steps(config, [shape], budget=budget, is_captured=captured)
+            step = foreseen_shape(config, shape, budget) if captured else None
+        except CapacityError as error:
+            refusals.append(str(error))
     if step is not None:
-        held = engine_bytes(config, shape, step)
-        device = {"index": held["index"], "pool": held["pool"], "steady zone": held["steady"]}
-        device["working"] = held["scratch"] + held["growth"]
+        steady = steady_bytes(config, shape)
+        held = pool_parts(config, shape, step, steady, LIBRARY_BYTES)
+        device = {"index": held["index"], "pool": held["pages"]}
+        device["steady zone"] = held["steady zones"]
+        device["working"] = held["steps"] + held["growth"] + held["libraries"]
     return Needs(
         device={"weights": weights, "windows": windows, **device},
-        prefill=weights + windows + growing + resident * token_bytes,
+        prefill=weights + windows + reading + resident * token_bytes,
         prefill_chunk=chunk,
         resident_tokens=resident,
         cache=cache,
         step=step,
-        refusal=refusal,
+        refusals=refusals,
     )
 
 
@@ -114,8 +121,10 @@ def _forward_bytes(model: ModelShape, shape: CacheShape, num_tokens: int) -> int
     return forward_bytes(
         num_tokens * shape.batch,
         hidden=model.hidden,
-        inner=model.intermediate,
+        # of three matrices together, as `forward_bytes` has a block
+        inner=-(-model.intermediate // 3),
         num_queries=model.q_heads,
+        kv_heads=model.kv_heads,
         head_dim=model.head_dim,
         itemsize=shape.dtype.itemsize,
     )

@@ -65,8 +65,7 @@ class CapturedSteps:
             return None
         if self._graph is not None and not self._graph.is_of(model, cache):
             # somebody wanted the contexts back: others may come before steps do
-            cache.runtime.reclaim()
-            self._graph, self._in_a_row = None, 0
+            self.end(cache)
         if not self._follows(cache):
             return None
         with torch.inference_mode(False), torch.no_grad():
@@ -79,6 +78,12 @@ class CapturedSteps:
             out = None if self._graph is None else self._graph.run(inputs)
         self._length += 1
         return out
+
+    def end(self, cache: OffloadedCache) -> None:
+        """Give the contexts back, and the memory of the engine and its graph. The next steps run as
+        they are."""
+        cache.runtime.reclaim()
+        self._graph, self._in_a_row = None, 0
 
     def _is_step(
         self, model: PreTrainedModel, cache: OffloadedCache, inputs: dict[str, Any]
@@ -140,6 +145,12 @@ class CapturedSteps:
 
 def _refusal(model: PreTrainedModel, cache: OffloadedCache) -> str | None:
     """Why steps of this model on this cache cannot be captured; None if that is not foreseen."""
+    contexts = (layer.context for layer in cache.offloaded_layers)
+    return model_refusal(model, cache) or engine_refusal(list(contexts))
+
+
+def model_refusal(model: PreTrainedModel, cache: OffloadedCache) -> str | None:
+    """Why steps of this model cannot be captured, whatever the cache holds; None if they may be."""
     others = [layer for layer in cache.layers if layer not in cache.offloaded_layers]
     if others:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
@@ -149,7 +160,7 @@ def _refusal(model: PreTrainedModel, cache: OffloadedCache) -> str | None:
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(model.config, name, False):
             return f"the model is configured for {name}"
-    return engine_refusal([layer.context for layer in cache.offloaded_layers])
+    return None
 
 
 def _step_graph(model: PreTrainedModel, cache: OffloadedCache) -> _StepGraph:

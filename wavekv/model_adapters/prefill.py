@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from wavekv.errors import CacheError
 from wavekv.model_adapters.cache import OffloadedCache
-from wavekv.model_adapters.prefill_plan import chunk_tokens, plan_prefill
+from wavekv.model_adapters.prefill_plan import plan_prefill
 from wavekv.offload import LayerContext
 from wavekv.offload.runtime import PrefillPlan
 from wavekv.offload.together import page_out_together
@@ -41,13 +41,15 @@ def prefill(
     seen = cache.get_seq_length()
     check_shapes(cache, input_ids, attention_mask, seen)
     batch, total = input_ids.shape
-    size = chunk_tokens(model, cache, batch)
-    plan = plan_prefill(model, cache, batch, total, size)
+    if cache.steps is not None:
+        # its pool is memory that the prefill may have
+        cache.steps.end(cache)
+    plan = plan_prefill(model, cache, batch, total)
     input_ids = input_ids.to(model.device)
     mask = None if attention_mask is None else attention_mask.to(model.device)
     logits = None
     with _bar(total, progress) as bar, _prefilling(cache, plan):
-        for start, stop in _chunks(cache, seen, total, size):
+        for start, stop in _chunks(cache, seen, total, plan.chunk):
             needs_head = want_logits and stop == total
             forward = model if needs_head else model.base_model
             inputs = _forward_inputs(

@@ -3,67 +3,85 @@ many tokens it may keep on the device."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from wavekv.errors import CapacityError
 from wavekv.kvstore import KVLayout
 from wavekv.model_adapters.cache import OffloadedCache
+from wavekv.model_adapters.graph import model_refusal
 from wavekv.model_adapters.layer import OffloadedLayer
-from wavekv.offload.device_memory import free_memory, index_bytes
+from wavekv.offload.device_memory import (
+    LIBRARY_BYTES,
+    device_budget,
+    free_memory,
+    held_memory,
+    too_much,
+)
+from wavekv.offload.pool import check_steps
 from wavekv.offload.prefill_sizes import (
-    building_bytes,
+    PREFILL_DO,
     chosen_chunk,
     forward_bytes,
+    prefill_parts,
     resident_tokens,
-    stream_bytes,
 )
+from wavekv.offload.room import room_tokens
 from wavekv.offload.runtime import PrefillPlan
-
-_GIB = 2**30
-
-
-def chunk_tokens(model: PreTrainedModel, cache: OffloadedCache, batch: int) -> int:
-    """Tokens that one forward of a prefill takes."""
-    devices = _cuda_devices(model)
-    free = min(map(free_memory, devices)) if devices else None
-    return chosen_chunk(cache.config, free, lambda size: _working_bytes(model, cache, size * batch))
+from wavekv.offload.sizes import CacheShape
 
 
 def plan_prefill(
-    model: PreTrainedModel, cache: OffloadedCache, batch: int, total: int, chunk: int
+    model: PreTrainedModel, cache: OffloadedCache, batch: int, total: int
 ) -> PrefillPlan:
-    """The plan for `total` more tokens of `batch` sequences in chunks of `chunk`.
+    """The plan for `total` more tokens of `batch` sequences.
 
     Raises:
-        CapacityError: host pages do not fit cpu_budget, or what a prefill cannot do without does
-            not fit the device. Nothing is allocated.
+        CapacityError: host pages do not fit cpu_budget, or the device_budget does not hold what the
+            prefill, or a decode step after it, cannot do without. Nothing is allocated.
     """
     _check_host(model, cache, batch, total)
-    seen = cache.get_seq_length()
+    config, end = cache.config, cache.get_seq_length() + total
+    shapes = _cache_shapes(model, cache, batch, end)
     devices = _cuda_devices(model)
-    keeps = cache.runtime.keeps_resident
-    if not (bool(devices) if keeps is None else keeps):
-        return PrefillPlan(seen + total, 0)
-    free = sum(map(free_memory, devices or [torch.device("cpu")]))
-    shapes = _shapes(cache)
-    # 2 for keys and values
-    token_bytes = 2 * model.dtype.itemsize * batch * sum(h * d for h, d in shapes)
-    layer_bytes = (seen + total) * token_bytes // len(shapes)
-    stream = stream_bytes(layer_bytes, is_coded=cache.config.host_dtype != "model")
-    needed = stream
-    if devices:
-        needed += _check_device(model, cache, batch, total, chunk, free, token_bytes, stream)
-    resident = resident_tokens(
-        cache.config,
-        total=total,
-        chunk=chunk,
-        free=free,
-        needed=needed,
-        stream=stream,
-        token_bytes=token_bytes,
+    if not devices:
+        chunk = chosen_chunk(config, None, lambda _: 0)
+        wanted = resident_tokens(total=total, chunk=chunk, room=1 << 62, token_bytes=1)
+        return PrefillPlan(end, chunk, wanted if cache.runtime.keeps_resident else 0)
+    contexts = [layer.context for layer in cache.offloaded_layers]
+    held = held_memory(context for context in contexts if context is not None)
+    budget = device_budget(config, sum(map(free_memory, devices)) + held)
+
+    def parts(chunk: int) -> dict[str, int]:
+        found = prefill_parts(
+            config,
+            shapes,
+            new_tokens=total,
+            chunk=chunk,
+            forward=lambda tokens: _working_bytes(model, cache, batch, tokens),
+        )
+        # the ids of the whole prompt
+        found["forward"] += 8 * batch * total
+        return found | {"libraries": LIBRARY_BYTES * len(devices)}
+
+    chunk = chosen_chunk(config, budget, lambda size: sum(parts(size).values()))
+    needed = parts(chunk)
+    if sum(needed.values()) > budget:
+        what = f"a prefill of {total} tokens in chunks of {min(chunk, total)}"
+        raise too_much(what, needed, budget, PREFILL_DO)
+    check_steps(
+        config.override(prefill_chunk=chunk),
+        shapes,
+        budget=budget,
+        is_captured=config.capture and model_refusal(model, cache) is None,
     )
-    return PrefillPlan(seen + total, resident)
+    keeps = cache.runtime.keeps_resident
+    room = 0 if keeps is False else budget - sum(needed.values())
+    # 2 for keys and values
+    token_bytes = 2 * model.dtype.itemsize * batch * sum(h * d for h, d in _shapes(cache))
+    resident = resident_tokens(total=total, chunk=chunk, room=room, token_bytes=token_bytes)
+    return PrefillPlan(end, chunk, resident, room_tokens(config))
 
 
 def _check_host(model: PreTrainedModel, cache: OffloadedCache, batch: int, total: int) -> None:
@@ -80,46 +98,51 @@ def _check_host(model: PreTrainedModel, cache: OffloadedCache, batch: int, total
     cache.runtime.budget.check(max(0, size - held))
 
 
-def _check_device(
-    model: PreTrainedModel,
-    cache: OffloadedCache,
-    batch: int,
-    total: int,
-    chunk: int,
-    free: int,
-    token_bytes: int,
-    stream: int,
+def _working_bytes(
+    model: PreTrainedModel, cache: OffloadedCache, batch: int, num_tokens: int
 ) -> int:
-    """Bytes of device memory that the index, a chunk and its tensors take, beside the stream."""
-    shapes = _shapes(cache)
-    index = int(total * batch * sum(h * index_bytes(cache.config, d) for h, d in shapes))
-    length = min(chunk, total)
-    chunk_bytes = length * token_bytes + _working_bytes(model, cache, length * batch)
-    chunk_bytes += building_bytes(length * token_bytes // len(shapes))
-    if index + chunk_bytes + stream > free:
-        raise CapacityError(
-            f"a prefill of {total} tokens needs {(index + chunk_bytes + stream) / _GIB:.1f} GiB of "
-            f"device memory: {index / _GIB:.1f} GiB for the index of its pages, "
-            f"{chunk_bytes / _GIB:.1f} GiB for a chunk of {length} tokens and "
-            f"{stream / _GIB:.1f} GiB to stream pages; {free / _GIB:.1f} GiB are free; shorten the "
-            "context, lower prefill_chunk, or free device memory"
-        )
-    return index + chunk_bytes
-
-
-def _working_bytes(model: PreTrainedModel, cache: OffloadedCache, num_tokens: int) -> int:
-    """Bytes of the tensors of a forward that are there at once: rather too little."""
-    config = cache.model_config
+    """Bytes of the tensors of a forward over `num_tokens` of each sequence that are there at once
+    (estimated)."""
+    config, itemsize = cache.model_config, model.dtype.itemsize
     hidden, num_queries = config.hidden_size, config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    return forward_bytes(
-        num_tokens,
+    heads, head_dim = _guessed_shape(config)
+    size = forward_bytes(
+        num_tokens * batch,
         hidden=hidden,
         inner=max(inner) if isinstance(inner, (list, tuple)) else inner,
         num_queries=num_queries,
-        head_dim=getattr(config, "head_dim", None) or hidden // num_queries,
-        itemsize=model.dtype.itemsize,
+        kv_heads=heads,
+        head_dim=head_dim,
+        itemsize=itemsize,
     )
+    window = getattr(config, "sliding_window", None) or 0
+    if window and len(cache.offloaded_layers) < len(cache.layers):
+        # the mask of such a layer, as bits and as the bias that they become; and what it keeps
+        kept = min(window, cache.get_seq_length()) + num_tokens
+        others = len(cache.layers) - len(cache.offloaded_layers)
+        size += batch * num_tokens * kept * (1 + itemsize)
+        size += 2 * batch * heads * head_dim * itemsize * (others * window + num_tokens)
+    return size
+
+
+def _cache_shapes(
+    model: PreTrainedModel, cache: OffloadedCache, batch: int, num_tokens: int
+) -> list[CacheShape]:
+    """The offloaded layers, those alike together."""
+    num_queries = cache.model_config.num_attention_heads
+    return [
+        CacheShape(
+            layers=count,
+            batch=batch,
+            kv_heads=heads,
+            group=max(1, num_queries // heads),
+            head_dim=dim,
+            dtype=model.dtype,
+            num_tokens=num_tokens,
+        )
+        for (heads, dim), count in Counter(_shapes(cache)).items()
+    ]
 
 
 def _shapes(cache: OffloadedCache) -> list[tuple[int, int]]:

@@ -126,8 +126,9 @@ class OffloadedKV:
         the last token. If it fails, the cache still answers for the chunks that were finished.
 
         Raises:
-            CapacityError: the pages do not fit cpu_budget. Usually found before the first chunk;
-                memory that others take meanwhile shows later, between chunks.
+            CapacityError: the pages do not fit cpu_budget, or all else, decode steps included, does
+                not fit device_budget. Usually found before the first chunk; memory that others take
+                meanwhile shows later, between chunks.
             CacheError: the cache is of another model, or shapes do not fit it.
         """
         self._check_wrapped()
@@ -153,6 +154,7 @@ class OffloadedKV:
         cache holds what was prefilled, and the same call may be repeated.
 
         Raises:
+            CapacityError: as `prefill`.
             CacheError: the cache does not fit the prompt.
             ConfigError: a cache_implementation is asked for.
         """

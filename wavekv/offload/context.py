@@ -25,6 +25,7 @@ from wavekv.offload.counters import Counters
 from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.paged import PagedZone, SegmentPages
 from wavekv.offload.resident import ResidentPages
+from wavekv.offload.room import room_tokens
 from wavekv.offload.runtime import OffloadRuntime, PrefillPlan
 from wavekv.offload.steady import SteadyZone
 
@@ -233,13 +234,23 @@ class LayerContext:
     def _take_in(self, pending: Future[list[SegmentPages]]) -> None:
         self._pending, self._num_pending = None, 0
         try:
-            for segment in pending.result():
+            segments = pending.result()
+            self._make_room(sum(segment.page_ids.shape[2] for segment in segments))
+            for segment in segments:
                 self.paged.append(segment)
                 self.steady.drop_oldest(segment.length)
                 num_bytes = segment.page_ids.numel() * self.paged.arena.layout.page_bytes
                 self.counters.bytes_to_host += num_bytes
         finally:
             self.paged.give_up()
+
+    def _make_room(self, num_pages: int) -> None:
+        """On CUDA the index grows by a fixed length, so that `device_budget` can count on it."""
+        config, paged = self.runtime.config, self.paged
+        device = paged.device_counts.buffer.device
+        capacity = paged.device_counts.buffer.shape[2]
+        if self.runtime.packs_means(device) and paged.num_pages + num_pages > capacity:
+            paged.reserve(num_pages + room_tokens(config) // config.page_size)
 
     @_on_plain_tensors
     def page_out(self) -> None:
@@ -262,7 +273,7 @@ class LayerContext:
             to_come = self.steady.num_local + plan.end - self.num_tokens - config.window
             to_come = max(0, to_come) // config.append_segment * config.append_segment
             self.paged.arena.order(self._num_pages(to_come))
-            self.paged.reserve(to_come // config.page_size)
+            self.paged.reserve((to_come + plan.room_tokens) // config.page_size)
             num_resident = min(plan.resident_tokens, to_come)
             self.paged.resident = None
             if num_resident >= config.page_size:

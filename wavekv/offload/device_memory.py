@@ -1,12 +1,19 @@
-"""What there is of device memory, and what contexts take of it."""
+"""What there is of device memory, what of it a cache may take, and what to say if that is too
+little."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from wavekv.config import OffloadConfig, parse_size
-from wavekv.index.scatter import pages_of_span
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS
+from wavekv.errors import CapacityError
+from wavekv.offload.context import LayerContext
+
+LIBRARY_BYTES = 128 << 20
+"""Workspaces that cuBLAS keeps: 32 MiB on Hopper for each stream that it was used on, and there are
+four: of the model, of page builders, of a captured step and of growth."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -17,18 +24,28 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def device_budget(config: OffloadConfig, free: int) -> int:
-    """`device_budget` in bytes, where `free` are free."""
+def held_memory(contexts: Iterable[LayerContext]) -> int:
+    """Bytes of device memory that contexts hold: index and steady zones, without room for more."""
+    return sum(
+        context.paged.statistics_nbytes + context.paged.device_counts.nbytes + context.steady.nbytes
+        for context in contexts
+    )
+
+
+def device_budget(config: OffloadConfig, available: int) -> int:
+    """Bytes that a cache may take in all. available: those that are free or that it holds."""
     size = parse_size("device_budget", config.device_budget)
-    return int(size * free) if isinstance(size, float) else size
+    return min(available, int(size * available) if isinstance(size, float) else size)
 
 
-def index_bytes(config: OffloadConfig, head_dim: int) -> float:
-    """Bytes of index on a CUDA device for each token in pages, of one KV head of one layer."""
-    P, D = config.page_size, head_dim
-    means = D * (KEY_BITS + VALUE_BITS) / 8
-    # scales of both means, the variance, the count, the scale of the codes
-    numbers = 5 * 4
-    codes = -(-D // 8) * 4 * P + P
-    span = pages_of_span(config.segment, P, D)
-    return (means + numbers + codes + 8 * D * D / span) / P
+def too_much(what: str, parts: Mapping[str, int], budget: int, do: str) -> CapacityError:
+    """The error for `what` if it takes `parts`, in bytes by what they are for, of `budget`."""
+    listed = ", ".join(f"{_mib(size)} for {name}" for name, size in parts.items() if size)
+    return CapacityError(
+        f"{what} needs {_mib(sum(parts.values()))} of device memory ({listed}), device_budget "
+        f"comes to {_mib(budget)}; {do}"
+    )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

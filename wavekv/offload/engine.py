@@ -37,9 +37,10 @@ from wavekv.kernels.step import (
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
-from wavekv.offload.engine_shape import RUNNERS_UP, engine_shape
+from wavekv.offload.engine_shape import RUNNERS_UP
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
+from wavekv.offload.pool import fitted_shape
 
 _HOST_ROOM_TOKENS = 2048
 """Tokens whose pages have room in the host arena from the start: pinning takes 0.7 s for a GiB."""
@@ -66,7 +67,7 @@ class DecodeEngine:
         contexts[0].runtime.buffers.clear()
         self.start, self.num_tokens, self.num_pages = zone.start, zone.end, paged.num_pages
         self.first_token = self.num_tokens
-        self.shape = engine_shape(contexts)
+        self.shape = fitted_shape(contexts)
         self._host_arena = paged.arena
         self.grown: list[GrownPages] = []
         self._next_ids: Tensor | None = None

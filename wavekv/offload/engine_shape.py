@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from wavekv.config import OffloadConfig
-from wavekv.errors import CapacityError
 from wavekv.kernels.step import StepShape
 from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
-from wavekv.offload.device_memory import device_budget, free_memory
 from wavekv.offload.packed import PackedRows
+from wavekv.offload.room import room_tokens
 
-ROOM_TOKENS = 8192
-"""Tokens that the buffers of an engine have room for; then it is made anew."""
 POOL_BUDGETS = 4
 """Slots of the page pool, in budgets and rounded up to a power of two (which costs the choice of
 victims nothing), unless `device_budget` allows fewer."""
@@ -55,18 +52,14 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     return None
 
 
-def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
-    """The sizes of an engine for these contexts, such that `engine_refusal` is None.
-
-    Raises:
-        CapacityError: device_budget does not hold the pages of one step.
-    """
+def wanted_shape(contexts: Sequence[LayerContext]) -> StepShape:
+    """The sizes of an engine for these contexts, such that `engine_refusal` is None, with as many
+    slots as pay."""
     first, query = contexts[0], contexts[0].counters.last_query
     assert query is not None
     zone, paged = first.steady, first.paged
     return step_shape(
         first.runtime.config,
-        layers=len(contexts),
         sizes=first.shape,
         group=query.shape[1] // first.shape[1],
         num_tokens=zone.end,
@@ -74,14 +67,12 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
         sinks=zone.num_sink_slots,
         span_pages=paged.scatter.span_pages,
         layout=paged.arena.layout,
-        free=free_memory(query.device),
     )
 
 
 def step_shape(
     config: OffloadConfig,
     *,
-    layers: int,
     sizes: tuple[int, int, int],
     group: int,
     num_tokens: int,
@@ -89,17 +80,11 @@ def step_shape(
     sinks: int,
     span_pages: int,
     layout: KVLayout,
-    free: int,
 ) -> StepShape:
-    """The sizes of an engine for `layers` contexts of sizes (B, Hkv, D) that hold `num_tokens`,
-    `num_pages` pages of each KV head among them, stored as `layout` says (pure). free: bytes of the
-    device.
-
-    Raises:
-        CapacityError: device_budget does not hold the pages of one step.
-    """
+    """The sizes of an engine for contexts of sizes (B, Hkv, D) that hold `num_tokens`, `num_pages`
+    pages of each KV head among them, stored as `layout` says, with as many slots as pay (pure)."""
     (B, H, D), P = sizes, config.page_size
-    room = max(ROOM_TOKENS, 2 * config.append_segment)
+    room = room_tokens(config)
     capacity = num_pages + room // P
     # the ring takes tokens beyond those that have room in pages
     longest = num_tokens + room + config.window + 2 * config.append_segment
@@ -112,7 +97,7 @@ def step_shape(
         page_size=P,
         capacity=capacity,
         most=most,
-        slots=_num_slots(config, most, layers * B * H * layout.dense_bytes, free),
+        slots=1 << (POOL_BUDGETS * most - 1).bit_length(),
         misses=min(most, config.max_misses or most),
         sinks=sinks,
         ring=config.window + 2 * config.append_segment,
@@ -123,16 +108,3 @@ def step_shape(
         codec=layout.codec,
         is_wide=config.prefetch == "runners-up",
     )
-
-
-def _num_slots(config: OffloadConfig, most: int, slot_bytes: int, free: int) -> int:
-    """Slots of a KV head: some budgets, as far as the device budget goes."""
-    size = device_budget(config, free)
-    slots = min(1 << (POOL_BUDGETS * most - 1).bit_length(), size // slot_bytes)
-    if slots < most:
-        raise CapacityError(
-            f"the pages of one step need {most * slot_bytes / 2**20:.0f} MiB of device memory, "
-            f"device_budget is {size / 2**20:.0f} MiB; raise device_budget, lower budget, or "
-            "free device memory"
-        )
-    return slots

@@ -45,6 +45,7 @@ class PageFetches:
         self._needed: torch.cuda.Event | None = None
         self._resolved: torch.cuda.Event | None = None
         self._guessed: dict[int, tuple[torch.cuda.Event | None, Tensor]] = {}
+        self._guess: StepScratch | None = None
         if config.prefetch == "early":
             self._guess = empty_scratch(shape, scratch.out.dtype, self._device)
         # one for each layer: the next layers go on while what a layer fetches for later does
@@ -53,6 +54,11 @@ class PageFetches:
             self._ahead = [self._scratch_ahead(shape) for _ in layers]
         elif config.max_misses is not None:
             self._ahead = [self._scratch_of(shape.most, shape) for _ in layers]
+
+    @property
+    def scratches(self) -> list[StepScratch]:
+        """Working memory beside that of the step, of which they share parts."""
+        return [*self._ahead, *([self._guess] if self._guess is not None else [])]
 
     def begin_layer(self, number: int) -> None:
         """Let the current stream wait for what uses the pool or the scratch of layer `number`."""
@@ -81,6 +87,7 @@ class PageFetches:
     def guessing(self, number: int, query: Tensor) -> Iterator[StepScratch]:
         """Beside the current stream and in a scratch of its own: the choice of pages of layer
         `number`, by a guessed query."""
+        assert self._guess is not None
         with self._streams.beside(_LATER):
             yield self._guess
             # the query's memory must not be given away before the other stream has read it

@@ -23,8 +23,12 @@ class PrefillPlan:
 
     end: int
     """Tokens that the cache will hold."""
-    resident_tokens: int
+    chunk: int
+    """Tokens that one forward takes."""
+    resident_tokens: int = 0
     """Tokens in pages of which each layer may keep a copy on the device meanwhile."""
+    room_tokens: int = 0
+    """Tokens beyond `end` that the index has room for: those of steps to come."""
 
 
 class OffloadRuntime:

@@ -7,7 +7,7 @@ it. Cost: milliseconds, for any number of tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ from wavekv.kvstore import KVLayout
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer
 from wavekv.offload.engine_shape import step_shape
+from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
 from wavekv.offload.packed import PackedRows
 from wavekv.offload.runtime import OffloadRuntime
@@ -84,20 +85,15 @@ def cache_bytes(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) ->
         host_tables=layers * pages * sum(part.row_nbytes for part in tables),
         layout=layout,
         num_pages=pages,
-        local_tokens=_room_for_local(config, shape.num_tokens),
+        local_tokens=room_for_local(config, shape.num_tokens),
     )
 
 
-def engine_step_shape(config: OffloadConfig, shape: CacheShape, *, free: int) -> StepShape:
-    """The `StepShape` of an engine for this cache. free: bytes of the device.
-
-    Raises:
-        CapacityError: device_budget does not hold the pages of one step.
-    """
+def engine_step_shape(config: OffloadConfig, shape: CacheShape) -> StepShape:
+    """The `StepShape` of an engine for this cache, with as many slots as pay."""
     layer = _layer(config, shape, is_packed=True)
     return step_shape(
         config,
-        layers=shape.layers,
         sizes=(shape.batch, shape.kv_heads, shape.head_dim),
         group=shape.group,
         num_tokens=shape.num_tokens,
@@ -105,31 +101,48 @@ def engine_step_shape(config: OffloadConfig, shape: CacheShape, *, free: int) ->
         sinks=layer.steady.num_sink_slots,
         span_pages=layer.paged.scatter.span_pages,
         layout=layer.paged.arena.layout,
-        free=free,
     )
 
 
 def engine_bytes(config: OffloadConfig, shape: CacheShape, step: StepShape) -> dict[str, int]:
     """Bytes of the buffers of an engine on the device, by what they are: the index at its full
-    capacity, the page pool, the steady zone, the working memory of a step, and that of growth."""
-    context = _layer(config, shape, is_packed=True)
+    capacity, the page pool and its tables, the ring with the steady zone, the working memory of
+    steps, and that of growth. Of `shape` the tokens do not matter."""
+    context = _layer(config, replace(shape, num_tokens=0), is_packed=True)
+    first = torch.empty(step.batch, step.kv_heads, step.sinks + 1, step.head_dim, device=_META)
+    first = first.to(shape.dtype)
+    context.steady.append(first, first, None)
+    context.steady.fill_sinks(step.sinks)
     size = step.batch, step.kv_heads, step.sinks + step.ring, step.head_dim
     ring = torch.empty(shape.layers, 2, *size, dtype=shape.dtype, device=_META)
     valid = torch.empty(step.batch, size[2], dtype=torch.bool, device=_META)
     layer = DeviceLayer(context, StepSteady(ring[0, 0], ring[0, 1], valid), step)
+    layers = [layer] * shape.layers
     counters = torch.empty(4, dtype=torch.int32, device=_META)
     # the host's side is not looked at
     arena = StepArena(counters, 1, [])
-    growth = Growth(
-        [layer] * shape.layers, ring, counters, arena, step, config.append_segment, step_reference
-    )
+    growth = Growth(layers, ring, counters, arena, step, config.append_segment, step_reference)
     scratch = empty_scratch(step, shape.dtype, _META)
+    fetches = PageFetches(
+        layers=layers,
+        arena=arena,
+        counters=counters,
+        limits=counters,
+        scratch=scratch,
+        shape=step,
+        config=config,
+        ops=step_reference,
+    )
+    working = (scratch, *fetches.scratches)
+    # fetches ahead share most of the scratch
+    buffers = {id(part): part.nbytes for tensors in working for part in tensors}
+    table = layer.pool.table.nbytes
     return {
         "index": shape.layers * sum(part.nbytes for part in layer.pages),
-        "pool": shape.layers * sum(part.nbytes for part in layer.pool),
-        "steady": ring.nbytes + valid.nbytes,
-        "scratch": sum(part.nbytes for part in scratch)
-        + shape.layers * sum(part.nbytes for part in layer.totals),
+        "pool": shape.layers * (sum(part.nbytes for part in layer.pool) - table),
+        "tables": shape.layers * table,
+        "ring": ring.nbytes + valid.nbytes,
+        "scratch": sum(buffers.values()) + shape.layers * sum(part.nbytes for part in layer.totals),
         "growth": growth.nbytes,
     }
 
@@ -170,11 +183,13 @@ def _layer(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> Laye
     return layer
 
 
-def _room_for_local(config: OffloadConfig, num_tokens: int) -> int:
-    """The most tokens that the steady zone of a layer has room for in a chunked prefill."""
+def room_for_local(config: OffloadConfig, num_tokens: int, num_local: int = 0) -> int:
+    """The most tokens that the steady zone of a layer has room for while `num_tokens` are prefilled
+    by chunks, after `num_local` that it has."""
     chunk = config.prefill_chunk
     assert chunk is not None
     zone = GrowingTensor(torch.empty(0, dtype=torch.uint8, device=_META), dim=0)
+    zone.append(torch.empty(num_local, dtype=torch.uint8, device=_META))
     most = waiting = sinks = 0
     # what a chunk leaves is soon the same for all
     seen = min(num_tokens, 4 * (chunk + config.segment))

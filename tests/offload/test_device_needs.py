@@ -19,7 +19,7 @@ from wavekv.kernels import step_reference
 from wavekv.kernels.backend import use_backend
 from wavekv.kvstore import HostArena, KVLayout, MemoryBudget
 from wavekv.offload import LayerContext, Logits, OffloadRuntime
-from wavekv.offload.builder import build_segments
+from wavekv.offload.builder import SegmentBatch, build_segments
 from wavekv.offload.device_memory import LIBRARY_BYTES, device_budget
 from wavekv.offload.engine import DecodeEngine
 from wavekv.offload.pool import check_steps, eager_parts, foreseen_shape, pool_parts, with_slots
@@ -130,17 +130,8 @@ def test_builders_take_no_more_than_foreseen(dtype: torch.dtype, host_dtype: str
     ids = [arena.allocate(B * H * S // config.page_size) for _ in range(count)]
     keys, values = torch.randn(2, B, H, count * S, D).to(dtype)
     with use_backend("torch"), torch.no_grad(), PeakMemory() as memory:
-        segments = build_segments(
-            keys,
-            values,
-            None,
-            start=0,
-            length=S,
-            arena=arena,
-            page_ids=ids,
-            first_page=0,
-            span_pages=128,
-        )
+        batch = SegmentBatch(keys, values, None, 0, S, ids, 0)
+        segments = build_segments(batch, arena, span_pages=128)
     assert len(segments) == count
     shape = CacheShape(1, B, H, 1, D, dtype, count * S)
     foreseen = building_bytes(config, shape, count * S)

@@ -1,0 +1,155 @@
+"""The public kernels over an index of two levels: validate, then numba for CPU tensors, torch
+elsewhere.
+
+They know no configuration and keep no state; `wavekv.kernels.reference_levels` is their definition.
+Results carry no gradient. A wrong shape, dtype or device is a ValueError.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wavekv.kernels import checks, reference_levels
+from wavekv.kernels.page_index import PageIndex
+
+
+class Scores(NamedTuple):
+    """What `score_levels` knows of all pages, and what the other kernels need of the query."""
+
+    log_mass: Tensor
+    """[B, Hq, N] float32"""
+    shift: Tensor
+    """[B, Hq, N] float32"""
+    mixed: tuple[Tensor, Tensor]
+    """The mixed query: codes [B, Hq, W] int8, W a multiple of 32, and [B, Hq] float32, the logit
+    that a step of them is worth."""
+    block_logits: Tensor
+    """[B, Hq, N / K] float32 of the mean keys of blocks, before a soft cap."""
+
+
+def score_levels(
+    query: Tensor,
+    index: PageIndex,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    use_variance: bool = True,
+) -> Scores:
+    """The mass and shift of every page from its statistics: see `wavekv.kernels.score`.
+
+    The mean key of a page is that of its block plus its own mixed residual. For residuals, here and
+    in `refine_levels`, the mixed query is rounded to int8: an error of at most 1/254 of its largest
+    component. query: [B, Hq, D] floats. index: of R = [B, Hkv] rows.
+    """
+    _check_index(index)
+    B, Hkv, _, D = index.block_mean.shape
+    checks.expect_heads("query", query, B, Hkv, D)
+    checks.expect_softcap(softcap)
+    return Scores(
+        *reference_levels.score_levels(
+            query, index, scale=scale, softcap=softcap, use_variance=use_variance
+        )
+    )
+
+
+def refine_levels(
+    scores: Scores,
+    index: PageIndex,
+    candidates: Tensor,
+    *,
+    use_low: bool,
+    softcap: float | None = None,
+) -> Scores:
+    """Replace mass and shift of candidate pages by what the codes of their keys give: the high
+    plane, or with use_low both.
+
+    A mean hides a single key that fits the query among others that do not; codes of each key show
+    it. The shift is the mean logit of the keys, before the cap, weighted by their mass, less the
+    plain mean. candidates: [B, Hkv, C] int64 pages in any order, none twice, -1 for nothing.
+    Returns new log masses and shifts; only those of candidates differ.
+    """
+    _check_index(index)
+    B, Hkv, N = index.counts.shape
+    checks.expect_heads("log_mass", scores.log_mass, B, Hkv, N)
+    checks.expect_shift(scores.shift, scores.log_mass)
+    expected = (B, Hkv, candidates.shape[-1])
+    checks.expect("candidates", candidates, expected, torch.int64, like=index.counts)
+    checks.expect_softcap(softcap)
+    log_mass, shift = reference_levels.refine_levels(
+        scores.mixed,
+        scores.block_logits,
+        index,
+        scores.log_mass,
+        scores.shift,
+        candidates,
+        use_low=use_low,
+        softcap=softcap,
+    )
+    return scores._replace(log_mass=log_mass, shift=shift)
+
+
+def estimate_levels(
+    log_mass: Tensor,
+    index: PageIndex,
+    selected: Tensor,
+    refined: Tensor,
+    shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    *,
+    span_pages: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Estimate the attention over the pages that were not selected: see `wavekv.kernels.estimate`.
+
+    A refined page stands for its tokens with its own mean value; for every other page that of its
+    block does. selected, refined: [B, Hkv, any] int64 pages in any order, -1 for nothing, twice
+    allowed. shift: [B, Hq, N] as from `score_levels`. slope: [B, Hq, S, D] as from `value_slope`;
+    page n belongs to span n // span_pages.
+    Returns the state: out [B, Hq, D], lse [B, Hq], float32.
+    """
+    _check_index(index)
+    B, Hkv, N = index.counts.shape
+    checks.expect_heads("log_mass", log_mass, B, Hkv, N)
+    for name, pages in (("selected", selected), ("refined", refined)):
+        expected = (B, Hkv, pages.shape[-1])
+        checks.expect(name, pages, expected, torch.int64, like=index.counts)
+    if slope is not None:
+        if shift is None or span_pages < 1:
+            raise ValueError(
+                "a slope needs the shift of each page and span_pages >= 1, got span_pages="
+                f"{span_pages} and {'no' if shift is None else 'a'} shift"
+            )
+        checks.expect_shift(shift, log_mass)
+        wanted = (B, log_mass.shape[1], -(-N // span_pages), index.block_mean.shape[-1])
+        checks.expect("slope", slope, wanted, torch.float32, like=index.counts)
+    return reference_levels.estimate_levels(
+        log_mass, index, selected, refined, shift, slope, span_pages=span_pages
+    )
+
+
+def _check_index(index: PageIndex) -> None:
+    """The parts fit each other."""
+    B, Hkv, N = index.counts.shape
+    K, D, P = index.block_pages, index.block_mean.shape[-1], index.key_step.shape[-1]
+    blocks = N // K
+    expected = {
+        "counts": ((N,), torch.uint8),
+        "variance": ((N,), torch.uint8),
+        "mean": ((blocks, -(-D // 16), K, 4), torch.uint8),
+        "mean_step": ((N,), torch.uint8),
+        "value": ((N, D // 2), torch.uint8),
+        "value_step": ((N,), torch.uint8),
+        "high": ((N, -(-D // 16), P, 4), torch.uint8),
+        "low": ((N, -(-D // 32), P, 4), torch.uint8),
+        "key_step": ((N, P), torch.uint8),
+        "block_mean": ((blocks, D), torch.int8),
+        "block_mean_scale": ((blocks,), torch.float32),
+        "block_value": ((blocks, D // 2), torch.uint8),
+        "block_value_scale": ((blocks,), torch.float32),
+    }
+    for name, (shape, dtype) in expected.items():
+        part: Tensor = getattr(index, name)
+        checks.expect(name, part, (B, Hkv, *shape), dtype, like=index.counts)
+        checks.expect_inner(name, part, len(shape))

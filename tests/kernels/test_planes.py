@@ -1,4 +1,4 @@
-"""Planes: what is packed comes back, steps are near the best, and dot products read them in order."""
+"""Planes: what is packed comes back, steps are near the best, dot products read them in order."""
 
 from __future__ import annotations
 

@@ -89,13 +89,10 @@ def new_context(
     tokens: Tokens,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    *,
-    is_for_engine: bool | None = None,
     **settings: Any,
 ) -> LayerContext:
     """An empty context for tokens of this shape; settings change `SMALL`."""
     runtime = OffloadRuntime(OffloadConfig(**SMALL | settings))
-    runtime.is_for_engine = is_for_engine
     keys = tokens.keys[:, :, :0].to(device, dtype)
     return LayerContext(runtime, keys, keys)
 

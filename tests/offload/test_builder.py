@@ -45,11 +45,12 @@ def test_a_segment_holds_each_valid_token_with_its_key_and_value(
     def build():
         mask = None if valid is None else valid.to(device)
         places = {"start": start, "page_ids": [ids], "first_page": first_page, "span_pages": 4}
+        places["block_pages"] = 1
         return build_segments(keys, values, mask, arena=arena, length=S, **places)
 
     (built,) = PageBuilder().submit(device, build).result()
     assert (built.start, built.length) == (start, S)
-    assert torch.equal(built.device_counts.cpu(), built.counts)
+    assert torch.equal(built.index.counts.cpu(), built.counts.to(torch.uint8))
     pages = arena.read(built.page_ids.flatten()).reshape(*built.page_ids.shape, 2, 4, 8)
     for b in range(batch):
         for h in range(heads):

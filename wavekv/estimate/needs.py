@@ -69,7 +69,7 @@ def needs_of(
     free = max(0, (machine.device_memory or 0) - weights - windows) if has_device else None
     chunk = chosen_chunk(config, free, lambda size: _forward_bytes(model, shape, size))
     config = config.override(prefill_chunk=chunk)
-    cache = cache_bytes(config, shape, is_packed=has_device)
+    cache = cache_bytes(config, shape)
     index = sum(cache.index.values())
     token_bytes = 2 * shape.layers * shape.batch * shape.kv_heads * shape.head_dim
     token_bytes *= shape.dtype.itemsize

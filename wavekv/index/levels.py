@@ -23,7 +23,7 @@ FINALISTS = 4
 class LevelPages(NamedTuple):
     """What ranks and estimates the pages of B sequences and Hkv heads; on the device."""
 
-    index: PageIndex
+    summary: PageIndex
     scatter: Tensor
     """[B, Hkv, S, 2, D, D] within-page scatter of each span."""
     span_pages: int
@@ -72,7 +72,7 @@ def choose_of_levels(
 
     query: [B, Hq, D]. A budget is `most` pages.
     """
-    index, (scale, softcap) = pages.index, logits
+    index, (scale, softcap) = pages.summary, logits
     heads, num_pages = index.counts.shape[1:]
     scores = score_levels(query, index, scale=scale, softcap=softcap, use_variance=use_variance)
     refined = [torch.empty(*index.counts.shape[:2], 0, dtype=torch.int64, device=query.device)]
@@ -99,7 +99,7 @@ def estimate_of_levels(
     slope = value_slope(query, pages.scatter, scale=scale) if use_slope else None
     return estimate_levels(
         choice.log_mass,
-        pages.index,
+        pages.summary,
         choice.pages,
         choice.refined,
         choice.shift,

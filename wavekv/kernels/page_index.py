@@ -36,8 +36,6 @@ PAGE_VALUE_BITS = 4
 """Of the residual of a page's mean value."""
 HIGH_BITS, LOW_BITS = 2, 1
 """Of the planes of a key's code."""
-MOST_TOKENS = 255
-"""Tokens of a page whose number fits its byte."""
 
 
 class PageIndex(NamedTuple):
@@ -206,4 +204,5 @@ def _block_means(rows: Tensor, counts: Tensor, block_pages: int) -> Tensor:
     """[R, N / K, D]: the mean over the tokens of each block, of rows [R, N, D] that are means."""
     weights = counts.float().unflatten(1, (-1, block_pages)).unsqueeze(2)
     total = (weights @ rows.float().unflatten(1, (-1, block_pages))).squeeze(2)
-    return total / weights.sum(-1).clamp_min(1)
+    means: Tensor = total / weights.sum(-1).clamp_min(1)
+    return means

@@ -36,7 +36,8 @@ def step_bytes(x: Tensor) -> Tensor:
 
 def steps_of(codes: Tensor) -> Tensor:
     """The numbers [...] float32 that bytes stand for."""
-    return _table(codes.device)[codes.int()]
+    steps: Tensor = _table(codes.device)[codes.int()]
+    return steps
 
 
 @lru_cache
@@ -88,7 +89,8 @@ def _quantise(rows: Tensor, bits: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def centred(codes: Tensor, bits: int) -> Tensor:
     """What codes [...] of so many bits stand for, in steps: float32."""
-    return codes.float() - (2**bits - 1) / 2
+    levels: Tensor = codes.float() - (2**bits - 1) / 2
+    return levels
 
 
 def num_words(dim: int, bits: int) -> int:

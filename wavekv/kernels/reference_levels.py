@@ -14,7 +14,6 @@ from wavekv.kernels.page_index import (
     HIGH_BITS,
     LOW_BITS,
     PageIndex,
-    block_means,
     block_values,
     mean_codes,
     value_codes,

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from wavekv.errors import LayoutError
 from wavekv.index.retrieval import Logits
-from wavekv.index.scatter import pages_of_span
 from wavekv.index.segments import cut_segments
 from wavekv.offload.attention import State, add_attention_sink, attend_chunk, attend_step
 from wavekv.offload.builder import BATCH_BYTES, build_segments
 from wavekv.offload.counters import Counters
+from wavekv.offload.index_sizes import index_sizes
 from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.paged import PagedZone, SegmentPages
 from wavekv.offload.resident import ResidentPages
@@ -58,8 +58,8 @@ class LayerContext:
         """
         if keys.shape[-1] % 2:
             raise LayoutError(
-                f"keys must have an even head dimension, got {keys.shape[-1]}; their four-bit "
-                "codes are stored in pairs"
+                f"keys must have an even head dimension, got {keys.shape[-1]}; mean values "
+                "are stored two dimensions to a byte"
             )
         if keys.shape != values.shape:
             raise LayoutError(
@@ -73,10 +73,8 @@ class LayerContext:
             empty = torch.empty(B, H, 0, D, dtype=keys.dtype, device=keys.device)
             self.steady = SteadyZone(empty, empty.clone())
             arena = runtime.arena(D, keys.dtype, keys.device)
-            span_pages = pages_of_span(runtime.config.segment, runtime.config.page_size, D)
-            self.paged = PagedZone(
-                arena, empty, span_pages=span_pages, packs_means=runtime.packs_means(keys.device)
-            )
+            span_pages, K = index_sizes(runtime.config, D)
+            self.paged = PagedZone(arena, empty, span_pages=span_pages, block_pages=K)
         self._pending: Future[list[SegmentPages]] | None = None
         self._num_pending = 0
         self._plan: PrefillPlan | None = None
@@ -177,6 +175,7 @@ class LayerContext:
                     page_ids=ids,
                     first_page=num_pages,
                     span_pages=self.paged.scatter.span_pages,
+                    block_pages=self.paged.index.block_pages,
                     resident=self.paged.resident,
                 )
                 jobs.append(job)

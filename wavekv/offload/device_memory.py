@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from wavekv.config import OffloadConfig, parse_size
-from wavekv.index.scatter import pages_of_span
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS
+from wavekv.kernels.page_index import empty_index, pages_of_parts
+from wavekv.offload.index_sizes import index_sizes
 
 
 def free_memory(device: torch.device) -> int:
@@ -24,11 +24,10 @@ def device_budget(config: OffloadConfig, free: int) -> int:
 
 
 def index_bytes(config: OffloadConfig, head_dim: int) -> float:
-    """Bytes of index on a CUDA device for each token in pages, of one KV head of one layer."""
-    P, D = config.page_size, head_dim
-    means = D * (KEY_BITS + VALUE_BITS) / 8
-    # scales of both means, the variance, the count, the scale of the codes
-    numbers = 5 * 4
-    codes = -(-D // 8) * 4 * P + P
-    span = pages_of_span(config.segment, P, D)
-    return (means + numbers + codes + 8 * D * D / span) / P
+    """Bytes of the index for each token in pages, of one KV head of one layer."""
+    D = head_dim
+    span_pages, K = index_sizes(config, D)
+    block = empty_index(torch.empty(1, 1, 0, D, device="meta"), config.page_size, K)
+    entries = [part.new_empty(1, 1, 1, *part.shape[3:]).nbytes for part in block]
+    page = sum(size / every for size, every in zip(entries, pages_of_parts(K), strict=True))
+    return (page + 8 * D * D / span_pages) / config.page_size

@@ -11,7 +11,7 @@ from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_memory import device_budget, free_memory
-from wavekv.offload.packed import PackedRows
+from wavekv.offload.index_sizes import index_sizes
 
 ROOM_TOKENS = 8192
 """Tokens that the buffers of an engine have room for; then it is made anew."""
@@ -36,7 +36,6 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     kinds = {
         (
             *(context.shape, context.paged.arena, context.paged.num_pages),
-            type(context.paged.mean),
             *(context.steady.start, context.steady.end, context.steady.num_sink_slots),
             *(query.shape, query.dtype, query.device),
         )
@@ -44,10 +43,8 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
         if query is not None
     }
     if len(kinds) > 1:
-        return "layers differ in heads, tokens, dtype, device or form"
+        return "layers differ in heads, tokens, dtype or device"
     config = first.runtime.config
-    if not isinstance(first.paged.mean, PackedRows):
-        return "means are not packed"
     if first.paged.arena.layout.page_bytes % 4:
         return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
     if first.steady.num_local > config.window + 2 * config.append_segment:
@@ -72,7 +69,6 @@ def engine_shape(contexts: Sequence[LayerContext]) -> StepShape:
         num_tokens=zone.end,
         num_pages=paged.num_pages,
         sinks=zone.num_sink_slots,
-        span_pages=paged.scatter.span_pages,
         layout=paged.arena.layout,
         free=free_memory(query.device),
     )
@@ -87,7 +83,6 @@ def step_shape(
     num_tokens: int,
     num_pages: int,
     sinks: int,
-    span_pages: int,
     layout: KVLayout,
     free: int,
 ) -> StepShape:
@@ -99,8 +94,9 @@ def step_shape(
         CapacityError: device_budget does not hold the pages of one step.
     """
     (B, H, D), P = sizes, config.page_size
+    span_pages, K = index_sizes(config, D)
     room = max(ROOM_TOKENS, 2 * config.append_segment)
-    capacity = num_pages + room // P
+    capacity = num_pages + room // P // K * K
     # the ring takes tokens beyond those that have room in pages
     longest = num_tokens + room + config.window + 2 * config.append_segment
     most = min(capacity, page_limits(config, longest)[1])
@@ -117,6 +113,7 @@ def step_shape(
         sinks=sinks,
         ring=config.window + 2 * config.append_segment,
         span_pages=span_pages,
+        block_pages=K,
         scale=1.0,
         top_p=config.top_p,
         tail=config.tail_estimate,

@@ -3,6 +3,7 @@ continued; refused before anything is done."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from wavekv.model_adapters import prefill_plan
 from wavekv.model_adapters.prefill_plan import chunk_tokens, plan_prefill
 from wavekv.offload import LayerContext, Logits, OffloadRuntime, streaming
 from wavekv.offload.device_memory import index_bytes
+from wavekv.offload.index_sizes import index_sizes
 
 Wrap = Callable[..., OffloadedKV]
 TOKENS = 300
@@ -177,7 +179,9 @@ def test_the_estimate_of_the_index_is_its_size(page_size: int, width: int) -> No
         page_size=page_size, segment=segment, append_segment=segment, num_sink_tokens=0, window=1
     )
     runtime = OffloadRuntime(config)
-    count = (2 if width > 100 else 16) * max(segment, width * 16)
+    # whole spans
+    span = index_sizes(config, width)[0] * page_size
+    count = (2 if width > 100 else 16) * math.lcm(segment, span)
     keys = torch.randn(1, 2, count + 1, width, dtype=torch.bfloat16)
     context = LayerContext(runtime, keys[:, :, :0], keys[:, :, :0])
     context.attend(keys, keys, keys, None, Logits(1.0))

@@ -7,12 +7,14 @@ Results carry no gradient. A wrong shape, dtype or device is a ValueError.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wavekv.kernels import checks, reference_levels
+from wavekv.kernels.backend import uses_numba
 from wavekv.kernels.page_index import PageIndex
 
 
@@ -26,8 +28,8 @@ class Scores(NamedTuple):
     mixed: tuple[Tensor, Tensor]
     """The mixed query: codes [B, Hq, W] int8, W a multiple of 32, and [B, Hq] float32, the logit
     that a step of them is worth."""
-    block_logits: Tensor
-    """[B, Hq, N / K] float32 of the mean keys of blocks, before a soft cap."""
+    mean_logits: Tensor
+    """[B, Hq, N] float32 of the mean keys of pages, before a soft cap."""
 
 
 def score_levels(
@@ -48,11 +50,8 @@ def score_levels(
     B, Hkv, _, D = index.block_mean.shape
     checks.expect_heads("query", query, B, Hkv, D)
     checks.expect_softcap(softcap)
-    return Scores(
-        *reference_levels.score_levels(
-            query, index, scale=scale, softcap=softcap, use_variance=use_variance
-        )
-    )
+    run = _backend(query, index.counts).score_levels
+    return Scores(*run(query, index, scale=scale, softcap=softcap, use_variance=use_variance))
 
 
 def refine_levels(
@@ -78,9 +77,10 @@ def refine_levels(
     expected = (B, Hkv, candidates.shape[-1])
     checks.expect("candidates", candidates, expected, torch.int64, like=index.counts)
     checks.expect_softcap(softcap)
-    log_mass, shift = reference_levels.refine_levels(
+    run = _backend(scores.log_mass, candidates, index.counts).refine_levels
+    log_mass, shift = run(
         scores.mixed,
-        scores.block_logits,
+        scores.mean_logits,
         index,
         scores.log_mass,
         scores.shift,
@@ -124,9 +124,20 @@ def estimate_levels(
         checks.expect_shift(shift, log_mass)
         wanted = (B, log_mass.shape[1], -(-N // span_pages), index.block_mean.shape[-1])
         checks.expect("slope", slope, wanted, torch.float32, like=index.counts)
-    return reference_levels.estimate_levels(
+    run = _backend(log_mass, selected, index.counts).estimate_levels
+    state: tuple[Tensor, Tensor] = run(
         log_mass, index, selected, refined, shift, slope, span_pages=span_pages
     )
+    return state
+
+
+def _backend(*tensors: Tensor) -> ModuleType:
+    """The module whose functions run for these tensors. numba loads on first use."""
+    if not uses_numba(*tensors):
+        return reference_levels
+    from wavekv.kernels import cpu_levels
+
+    return cpu_levels
 
 
 def _check_index(index: PageIndex) -> None:

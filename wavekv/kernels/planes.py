@@ -36,12 +36,13 @@ def step_bytes(x: Tensor) -> Tensor:
 
 def steps_of(codes: Tensor) -> Tensor:
     """The numbers [...] float32 that bytes stand for."""
-    steps: Tensor = _table(codes.device)[codes.int()]
+    steps: Tensor = step_table(codes.device)[codes.int()]
     return steps
 
 
 @lru_cache
-def _table(device: torch.device) -> Tensor:
+def step_table(device: torch.device) -> Tensor:
+    """The numbers [256] float32 that the bytes stand for: made once, not to be changed."""
     with torch.inference_mode(False):
         steps = 2 ** ((torch.arange(256, dtype=torch.float64) - STEP_BIAS) / 8)
         steps[0] = 0

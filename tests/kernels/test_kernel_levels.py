@@ -1,4 +1,4 @@
-"""Kernels over an index of two levels: against what the index stands for, and numba against torch."""
+"""Kernels over an index of two levels: against what it stands for, and numba against torch."""
 
 from __future__ import annotations
 

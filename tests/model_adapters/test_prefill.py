@@ -41,6 +41,10 @@ def next_logits(model: OffloadedKV, cache: Any) -> Tensor:
         return model(prompt(2, seed=9).to(model.device), past_key_values=cache).logits
 
 
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b).norm() / b.norm())
+
+
 def check_left_over(cache: Any) -> None:
     """Nothing of a prefill is left but the tokens."""
     runtime = cache.runtime
@@ -120,10 +124,10 @@ def test_an_interrupted_prefill_goes_on_where_it_was(
     check_left_over(cache)
     logits = model.prefill(ids[:, 64 * finished :], cache)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    check_left_over(cache)
     torch.testing.assert_close(
         next_logits(model, cache), next_logits(model, whole), rtol=1e-3, atol=1e-3
     )
-    check_left_over(cache)
 
 
 def test_a_device_that_is_too_small_is_an_error_before_anything(wrapped: Wrap, monkeypatch) -> None:
@@ -207,18 +211,20 @@ def test_a_prefill_on_cuda_is_that_of_a_cpu(model_type: str, wrapped: Wrap) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", ["1MiB", "24MiB", 0.5])
 def test_half_precision_prefills_agree_with_the_model(budget: object) -> None:
-    """Blocks large enough for cuDNN, against the model's own attention over everything at once."""
-    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda", torch.bfloat16)
+    """Blocks large enough for cuDNN: as close to float32 as the model's own attention over
+    everything at once is."""
+    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda")
     ids = prompt(9000).cuda()
     with torch.no_grad():
-        expected = model(ids, logits_to_keep=1).logits[:, 0]
+        exact = model(ids, logits_to_keep=1).logits[:, 0]
+        model = model.to(torch.bfloat16)
+        own = difference(model(ids, logits_to_keep=1).logits[:, 0], exact)
     settings = {"segment": 1024, "append_segment": 256, "page_size": 8}
     wrapped = OffloadedKV(model, OffloadConfig(**settings, device_budget=budget))
     for chunk in (2048, 4096, 9000):
         one = OffloadedKV(model, wrapped.offload_config, prefill_chunk=chunk)
         logits = one.prefill(ids, one.new_cache())
-        error = (logits.float() - expected.float()).norm() / expected.float().norm()
-        assert error < 0.03
+        assert difference(logits, exact) < 1.5 * own + 0.01
     wrapped.unwrap()
 
 

@@ -26,15 +26,18 @@ _REFINED, _SELECTED = np.uint8(1), np.uint8(2)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _add_nibbles(row: Any, middle: Any, weights: Any, acc: Any) -> None:
-    """acc [G, D] += weights [G] times a row [D / 2] of two codes a byte, less the middle one."""
-    half = row.size
+def _add_nibbles(packed: Any, middle: Any, weights: Any, row: Any, acc: Any) -> None:
+    """acc [G, D] += weights [G] times codes, two to a byte of packed [D / 2], less the middle one.
+    row [D]: scratch."""
+    half, width = packed.size, row.size
+    for d in range(half):
+        row[d] = np.float32(np.int32(packed[d] & np.uint8(15))) - middle
+    for d in range(half):
+        row[half + d] = np.float32(np.int32(packed[d] >> np.uint8(4))) - middle
     for g in range(weights.size):
         w, a = weights[g], acc[g]
-        for d in range(half):
-            a[d] += w * (np.float32(np.int32(row[d] & np.uint8(15))) - middle)
-        for d in range(half):
-            a[half + d] += w * (np.float32(np.int32(row[d] >> np.uint8(4))) - middle)
+        for d in range(width):
+            a[d] += w * row[d]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -139,7 +142,7 @@ def estimate(
         head, split = task // splits, task % splits
         b, h = head // kv_heads, head % kv_heads
         weights = np.empty((group, at_once * block_pages), np.float32)
-        mass = np.empty(group, np.float32)
+        mass, row = np.empty(group, np.float32), np.empty(width, np.float32)
         state = acc[task]
         block, last = split * blocks // splits, (split + 1) * blocks // splits
         while block < last:
@@ -158,15 +161,15 @@ def estimate(
                     for t in range(k * block_pages, (k + 1) * block_pages):
                         mass[g] += weights[g, t]
                     mass[g] *= unit
-                row = carray(uint8_at(offset(block_value, b, h, block + k)), (width // 2,))
-                _add_nibbles(row, np.float32(8.0), mass, state[0])
+                packed = carray(uint8_at(offset(block_value, b, h, block + k)), (width // 2,))
+                _add_nibbles(packed, np.float32(8.0), mass, row, state[0])
             for t in range(n):
                 if status[head, first + t] == _REFINED:
                     byte = carray(uint8_at(offset(value_step, b, h, first + t)), (1,))[0]
                     for g in range(group):
                         mass[g] = weights[g, t] * steps[byte]
-                    row = carray(uint8_at(offset(value, b, h, first + t)), (width // 2,))
-                    _add_nibbles(row, np.float32(7.5), mass, state[1])
+                    packed = carray(uint8_at(offset(value, b, h, first + t)), (width // 2,))
+                    _add_nibbles(packed, np.float32(7.5), mass, row, state[1])
             if slope:
                 for g in range(group):
                     lean = np.float32(0.0)

@@ -23,7 +23,7 @@ from wavekv.kernels.cpu_math import (
     tanh,
     uint8_at,
 )
-from wavekv.kernels.cpu_planes import lay_out_query, num_factors, plane_dots
+from wavekv.kernels.cpu_planes import lay_out_heads, plane_dots
 
 _BLOCK = 64
 """Candidates worked on at once: what follows the inner products runs across pages, in vectors."""
@@ -116,16 +116,14 @@ def refine(
     steps_of = carray(float32_at(table), (256,))
     high_words, low_words = (width * _HIGH_BITS + 31) // 32, (width * _LOW_BITS + 31) // 32
     middle = np.float32(3.5) if use_low else np.float32(3.0)
+    upper = lay_out_heads(codes, high_words, page_size, _HIGH_BITS)
+    lower = lay_out_heads(codes, low_words if use_low else 0, page_size, _LOW_BITS)
     for index in prange(batch * kv_heads * splits):
         task: Any = np.int64(index)
         head, split = task // splits, task % splits
         b, h = head // kv_heads, head % kv_heads
-        upper = np.empty((group, num_factors(high_words, page_size, _HIGH_BITS)), np.int8)
-        lower = np.empty((group, num_factors(low_words, page_size, _LOW_BITS)), np.int8)
         centres = np.zeros(group, np.float32)
         for g in range(group):
-            lay_out_query(codes[head, g], high_words, page_size, _HIGH_BITS, upper[g])
-            lay_out_query(codes[head, g], low_words, page_size, _LOW_BITS, lower[g])
             for d in range(width):
                 centres[g] += middle * np.float32(codes[head, g, d])
         # of the pages of a block
@@ -160,13 +158,13 @@ def refine(
                 at_high, at_low = offset(high, b, h, n), offset(low, b, h, n)
                 for g in range(group):
                     base[g, m] = at_means[head, g, n]
-                    at = upper.ctypes.data + g * upper.shape[1]
+                    at = upper[head, g].ctypes.data
                     query = codes[head, g]
                     plane_dots(at_high, at, query, high_words, page_size, _HIGH_BITS, first_lane)
                     for p in range(page_size):
                         sums[g, p, m] = np.int32(2) * ours[p]
                     if use_low:
-                        at = lower.ctypes.data + g * lower.shape[1]
+                        at = lower[head, g].ctypes.data
                         plane_dots(at_low, at, query, low_words, page_size, _LOW_BITS, second_lane)
                         for p in range(page_size):
                             sums[g, p, m] += theirs[p]

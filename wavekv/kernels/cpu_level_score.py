@@ -7,23 +7,33 @@ import numpy as np
 from numba import njit, prange
 from numba.np.numpy_support import carray
 
-from wavekv.kernels.cpu_codes import LANES
+from wavekv.kernels.cpu_codes import LANES, quantise_query
 from wavekv.kernels.cpu_math import (
     FASTMATH,
     NEG_INF,
     PRANGE,
     float32_at,
     int8_at,
-    int32_at,
     offset,
     tanh,
     uint8_at,
 )
-from wavekv.kernels.cpu_planes import lay_out_query, num_factors, plane_dots
+from wavekv.kernels.cpu_planes import lay_out_heads, plane_dots
 from wavekv.kernels.cpu_state import scaled_query
 
 _BITS = 2
 _CENTRE = np.float32(1.5)
+
+
+@njit(fastmath=FASTMATH, nogil=True, cache=True)
+def _mix_query(query: Any, mixing: Any, codes: Any) -> Any:
+    """Write codes [W] int8 of a query [D] times mixing [D, D]; return what a step is worth."""
+    mixed = np.zeros(query.size, np.float32)
+    for d in range(query.size):
+        x, row = query[d], mixing[d]
+        for e in range(query.size):
+            mixed[e] += x * row[e]
+    return quantise_query(mixed, codes)[0]
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
@@ -41,16 +51,17 @@ def _block_logits(query: Any, codes: Any, scale: Any, row: Any, logits: Any) -> 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
 def _moments(
     logits: Any,
-    square: Any,
-    variance: Any,
-    log_count: Any,
+    length: Any,
+    deviations: Any,
+    furthest: Any,
+    log_counts: Any,
     softcap: Any,
-    use_variance: bool,
     masses: Any,
     shifts: Any,
 ) -> None:
-    """masses, shifts [K] of one head from logits [K] of mean keys, variance [K], and log_count [K],
-    -inf where a page is empty."""
+    """masses, shifts [K] of one head, a query of this length, from logits [K] of mean keys: of keys
+    with deviations [K], the root of twice the log of the count [K], and that log [K], -inf where a
+    page is empty."""
     for j in range(logits.size):
         x = logits[j]
         bend = np.float32(1.0)  # the derivative of the cap
@@ -58,18 +69,12 @@ def _moments(
             capped = tanh(x / softcap)
             x = softcap * capped
             bend = np.float32(1.0) - capped * capped
-        shift = np.float32(0.0)
-        most = np.float32(2.0) * max(log_count[j], np.float32(0.0))
-        if use_variance:
-            deviation = np.sqrt(square * variance[j])
-            # no key lies further out than one of so many may: there the mass grows as that key's
-            spread = deviation * bend
-            reach = min(spread, np.sqrt(most))
-            x += reach * (spread - np.float32(0.5) * reach)
-            shift = deviation * reach
-        is_empty = log_count[j] == NEG_INF
-        masses[j] = log_count[j] + x
-        shifts[j] = np.float32(0.0) if is_empty else shift
+        deviation = length * deviations[j]
+        # no key lies further out than one of so many may: there the mass grows as that key's
+        spread = deviation * bend
+        reach = min(spread, furthest[j])
+        masses[j] = log_counts[j] + x + reach * (spread - np.float32(0.5) * reach)
+        shifts[j] = deviation * reach
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True, parallel=PRANGE.copy())
@@ -83,8 +88,7 @@ def score(
     blocks: int,
     block_pages: int,
     query: int,
-    mixed: int,
-    worth: int,
+    mixing: int,
     steps: int,
     counts: Any,
     variance: Any,
@@ -98,9 +102,13 @@ def score(
     log_mass: int,
     shift: int,
     logits: int,
+    mixed: int,
+    worth: int,
 ) -> None:
-    """Write log_mass, shift and logits of mean keys [B, Hq, N]. Addresses, and views of the parts
-    of a `PageIndex`; steps: of the 256 step bytes."""
+    """Write log_mass, shift and logits of mean keys [B, Hq, N], and the mixed queries.
+
+    Addresses, and views of the parts of a `PageIndex`; steps: of the 256 step bytes.
+    """
     pages, heads = blocks * block_pages, batch * kv_heads
     masses = carray(float32_at(log_mass), (heads, group, pages))
     shifts = carray(float32_at(shift), (heads, group, pages))
@@ -109,55 +117,74 @@ def score(
     units = carray(float32_at(worth), (heads, group))
     table = carray(float32_at(steps), (256,))
     words = (width * _BITS + 31) // 32
+    matrix = carray(float32_at(mixing), (width, width))
+    for head in range(heads):
+        q = scaled_query(query + head * group * width * 4, group, width, scale)
+        for g in range(group):
+            units[head, g] = _mix_query(q[g], matrix, codes[head, g])
+    factors = lay_out_heads(codes, words, block_pages, _BITS)
     for index in prange(heads * splits):
         task: Any = np.int64(index)  # prange counts unsigned, which would mix into floats
         head, split = task // splits, task % splits
         b, h = head // kv_heads, head % kv_heads
         q = scaled_query(query + head * group * width * 4, group, width, scale)
-        factors = np.empty((group, num_factors(words, block_pages, _BITS)), np.int8)
-        squares, centres = np.zeros(group, np.float32), np.zeros(group, np.float32)
+        lengths, centres = np.zeros(group, np.float32), np.zeros(group, np.float32)
         for g in range(group):
-            lay_out_query(codes[head, g], words, block_pages, _BITS, factors[g])
+            square, total = np.float32(0.0), np.float32(0.0)
             for d in range(width):
-                squares[g] += q[g, d] * q[g, d]
-                centres[g] += _CENTRE * np.float32(codes[head, g, d])
+                square += q[g, d] * q[g, d]
+                total += np.float32(codes[head, g, d])
+            lengths[g], centres[g] = np.sqrt(square), _CENTRE * total
         lanes = np.empty(max(LANES, block_pages), np.int32)
+        lanes_at, factors_at = lanes.ctypes.data, factors[head].ctypes.data
         row, own = np.empty(width, np.float32), np.empty(group, np.float32)
-        spreads, log_counts = np.empty(block_pages, np.float32), np.empty(block_pages, np.float32)
-        own_steps = np.empty(block_pages, np.float32)
-        last_count, last_log = np.int64(1), np.float32(0.0)
-        for block in range(split * blocks // splits, (split + 1) * blocks // splits):
-            first = block * block_pages
+        first, last = split * blocks // splits, (split + 1) * blocks // splits
+        start, size = first * block_pages, (last - first) * block_pages
+        own_steps = np.empty(size, np.float32)
+        step_bytes = carray(uint8_at(offset(mean_step, b, h, start)), (size,))
+        for n in range(size):
+            own_steps[n] = table[step_bytes[n]]
+        for block in range(first, last):
             of_block = carray(int8_at(offset(block_mean, b, h, block)), (width,))
             unit = carray(float32_at(offset(block_scale, b, h, block)), (1,))[0]
             _block_logits(q, of_block, unit, row, own)
-            page_counts = carray(uint8_at(offset(counts, b, h, first)), (block_pages,))
-            variances = carray(uint8_at(offset(variance, b, h, first)), (block_pages,))
-            step_bytes = carray(uint8_at(offset(mean_step, b, h, first)), (block_pages,))
-            for j in range(block_pages):
-                count = np.int64(page_counts[j])
-                if count != last_count:  # nearly all pages are full: one logarithm serves them all
-                    last_count = count
-                    last_log = np.log(np.float32(count)) if count > 0 else NEG_INF
-                log_counts[j] = last_log
-                spreads[j] = table[variances[j]]
-                own_steps[j] = table[step_bytes[j]]
-            plane = offset(mean, b, h, block)
-            sums = carray(int32_at(lanes.ctypes.data), (block_pages,))
+            plane, at = offset(mean, b, h, block), (block - first) * block_pages
             for g in range(group):
-                at = factors.ctypes.data + g * factors.shape[1]
-                plane_dots(plane, at, codes[head, g], words, block_pages, _BITS, lanes.ctypes.data)
-                x = at_means[head, g, first : first + block_pages]
-                for j in range(block_pages):
-                    residual = (np.float32(sums[j]) - centres[g]) * units[head, g]
-                    x[j] = own[g] + residual * own_steps[j]
-                _moments(
-                    x,
-                    squares[g],
-                    spreads,
-                    log_counts,
-                    softcap,
-                    use_variance,
-                    masses[head, g, first : first + block_pages],
-                    shifts[head, g, first : first + block_pages],
+                plane_dots(
+                    plane,
+                    factors_at + g * factors.shape[2],
+                    codes[head, g],
+                    words,
+                    block_pages,
+                    _BITS,
+                    lanes_at,
                 )
+                for j in range(block_pages):
+                    residual = (np.float32(lanes[j]) - centres[g]) * units[head, g]
+                    at_means[head, g, start + at + j] = own[g] + residual * own_steps[at + j]
+        # what follows runs across all pages, in vectors
+        of_pages = np.zeros((3, size), np.float32)
+        page_counts = carray(uint8_at(offset(counts, b, h, start)), (size,))
+        last_count, log_count, far = np.int64(1), np.float32(0.0), np.float32(0.0)
+        for n in range(size):
+            count = np.int64(page_counts[n])
+            if count != last_count:  # nearly all pages are full: one logarithm serves them all
+                last_count = count
+                log_count = np.log(np.float32(count)) if count > 0 else NEG_INF
+                far = np.sqrt(np.float32(2.0) * log_count) if count > 0 else np.float32(0.0)
+            of_pages[1, n], of_pages[2, n] = far, log_count
+        if use_variance:
+            variances = carray(uint8_at(offset(variance, b, h, start)), (size,))
+            for n in range(size):
+                of_pages[0, n] = np.sqrt(table[variances[n]])
+        for g in range(group):
+            _moments(
+                at_means[head, g, start : start + size],
+                lengths[g],
+                of_pages[0],
+                of_pages[1],
+                of_pages[2],
+                softcap,
+                masses[head, g, start : start + size],
+                shifts[head, g, start : start + size],
+            )

@@ -13,8 +13,8 @@ from wavekv.kernels import cpu_level_estimate, cpu_level_refine, cpu_level_score
 from wavekv.kernels.cpu_launch import float32, launch, splits, view
 from wavekv.kernels.mixing import mixing_on
 from wavekv.kernels.page_index import PageIndex
-from wavekv.kernels.planes import step_table
-from wavekv.kernels.reference_levels import Mixed, mix_query
+from wavekv.kernels.planes import num_words, step_table
+from wavekv.kernels.reference_levels import Mixed
 
 _CPU = torch.device("cpu")
 
@@ -30,8 +30,8 @@ def score_levels(
     batch, kv_heads, pages = index.counts.shape
     heads, width = query.shape[1:]
     query = float32(query)
-    mixed = mix_query(query, scale)
-    codes, worth = (part.contiguous() for part in mixed)
+    codes = torch.empty(batch, heads, 32 * num_words(width, 1), dtype=torch.int8)
+    worth = torch.empty(batch, heads)
     log_mass, shift, logits = (torch.empty(batch, heads, pages) for _ in range(3))
     blocks = pages // index.block_pages
     parts = index.counts, index.variance, index.mean, index.mean_step
@@ -40,11 +40,12 @@ def score_levels(
         batch * kv_heads * pages,
         *(batch, kv_heads, min(splits(batch * kv_heads, pages), max(1, blocks))),
         *(heads // kv_heads, width, codes.shape[2], blocks, index.block_pages),
-        *(query.data_ptr(), codes.data_ptr(), worth.data_ptr(), step_table(_CPU).data_ptr()),
+        *(query.data_ptr(), mixing_on(_CPU, width).data_ptr(), step_table(_CPU).data_ptr()),
         *(*(view(_with_rows(part)) for part in parts), view(index.block_mean)),
         *(view(_with_rows(index.block_mean_scale)), use_variance),
         *(np.float32(scale), np.float32(softcap or 0.0)),
         *(log_mass.data_ptr(), shift.data_ptr(), logits.data_ptr()),
+        *(codes.data_ptr(), worth.data_ptr()),
     )
     return log_mass, shift, (codes, worth), logits
 

@@ -120,14 +120,29 @@ def lay_out_query(codes: Any, words: int, rows: int, bits: int, factors: Any) ->
     """Put a query's codes [W] int8 as the lanes of a plane want them: factors [num_factors] int8:
     for each vector and shift 64 bytes, zeros where a vector has no word."""
     keys, shifts = min(rows, LANES), 8 // bits
+    if LANES % keys:
+        return
     factors[:] = np.int8(0)
-    for word in range(words if LANES % keys == 0 else 0):
+    # four bytes at a time
+    fours = carray(int32_at(codes.ctypes.data), (codes.size // 4,))
+    lanes = carray(int32_at(factors.ctypes.data), (factors.size // 4,))
+    for word in range(words):
         vector, first = word * keys // LANES, word * keys % LANES
         for k in range(shifts):
+            at, four = (vector * shifts + k) * LANES + first, fours[word * shifts + k]
             for key in range(keys):
-                at = (vector * shifts + k) * VECTOR + 4 * (first + key)
-                for i in range(4):
-                    factors[at + i] = codes[4 * (word * shifts + k) + i]
+                lanes[at + key] = four
+
+
+@njit(fastmath=False, nogil=True, cache=True)
+def lay_out_heads(codes: Any, words: int, rows: int, bits: int) -> Any:
+    """`lay_out_query` of all queries [heads, G, W] int8: [heads, G, num_factors]."""
+    heads, group, _ = codes.shape
+    factors = np.empty((heads, group, num_factors(words, rows, bits)), np.int8)
+    for head in range(heads):
+        for g in range(group):
+            lay_out_query(codes[head, g], words, rows, bits, factors[head, g])
+    return factors
 
 
 @njit(fastmath=False, nogil=True, cache=True)

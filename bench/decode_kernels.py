@@ -16,13 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from index_parts import BLOCKS, CANDIDATE, FINALIST, RANKING, index_page_bytes
 from machine import machine_record
 from torch import Tensor
 
-from wavekv.index import encode_keys, page_scatter
+from wavekv.index import page_scatter
+from wavekv.index.levels import BLOCK_PAGES, index_of_pages, num_finalists
 from wavekv.kernels import cuda
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
+from wavekv.kernels.page_index import PageIndex
 from wavekv.kernels.step import (
+    FINAL,
+    FIRST,
+    SECOND,
     StepArena,
     StepPages,
     StepShape,
@@ -32,7 +37,6 @@ from wavekv.kernels.step import (
     empty_totals,
 )
 from wavekv.kvstore import CODEC_BITS, KVLayout
-from wavekv.offload.builder import rounded_statistics
 
 KV_HEADS, GROUP, DIM, PAGE, SPAN = 8, 4, 128, 8, 1024
 DTYPE = torch.bfloat16
@@ -54,16 +58,12 @@ def random_pages(num_pages: int, device: torch.device, seed: int = 0) -> tuple[S
         noise = torch.randn(size, generator=random, device=device)
         values = (0.3 * keys.float() + noise).to(DTYPE)
         here = counts[:, first : first + n]
-        statistics = rounded_statistics(keys, values, here)
-        codes = encode_keys(keys, statistics.mean, here)
         scatter = page_scatter(keys, values, here).unsqueeze(1)
-        mean = pack_rows(statistics.mean, KEY_BITS)
-        value_mean = pack_rows(statistics.value_mean, VALUE_BITS)
-        parts.append((*mean, statistics.variance, *value_mean, *codes, scatter))
+        parts.append((*index_of_pages(keys, values, here, BLOCK_PAGES), scatter))
         pages[:, first : first + n] = torch.stack([keys, values], 2)
-    summary = [torch.cat(part, 1)[None] for part in zip(*parts, strict=True)]
+    *summary, scatters = (torch.cat(part, 1)[None] for part in zip(*parts, strict=True))
     ids = torch.arange(KV_HEADS * num_pages, device=device).view(1, KV_HEADS, num_pages)
-    return StepPages(counts[None], *summary, ids), pages
+    return StepPages(PageIndex._make(summary), scatters, ids), pages
 
 
 def median_ms(run: Callable[[], None], repeats: int = 20) -> float:
@@ -114,6 +114,7 @@ def measure(context: int, refine: int, budget: float, host_dtype: str) -> dict[s
         sinks=4,
         ring=ring,
         span_pages=SPAN,
+        block_pages=BLOCK_PAGES,
         scale=DIM**-0.5,
         codec=layout.codec,
     )
@@ -128,7 +129,9 @@ def measure(context: int, refine: int, budget: float, host_dtype: str) -> dict[s
     pool, scratch = empty_pool(shape, DTYPE, device), empty_scratch(shape, DTYPE, device)
     totals = empty_totals(shape, device)
     counters = torch.tensor([context, 1, N, context - 300], dtype=torch.int32, device=device)
-    limits = torch.tensor([8, most, refine * most, most], dtype=torch.int32, device=device)
+    finalists = num_finalists(refine) * most
+    values = [8, most, refine * most, finalists, most]
+    limits = torch.tensor(values, dtype=torch.int32, device=device)
     local = torch.randn(2, 1, KV_HEADS, 4 + ring, DIM, device=device).to(DTYPE)
     valid = torch.ones(1, 4 + ring, dtype=torch.bool, device=device)
     steady = StepSteady(local[0], local[1], valid)
@@ -143,30 +146,43 @@ def measure(context: int, refine: int, budget: float, host_dtype: str) -> dict[s
         pool.age.fill_(-1)
         cuda.resolve(pages, pool, counters, scratch, totals, shape)
 
-    def rank(is_final: bool) -> None:
+    def rank(stage: int) -> None:
         # `score` does these in a step
         scratch.histogram.zero_()
         scratch.arrived.zero_()
-        cuda.rank_pages(counters, limits, scratch, shape, is_final=is_final)
+        cuda.rank_pages(pages, counters, limits, scratch, shape, stage=stage)
 
-    candidates = min(N, refine * most) if refine * most and most < N else 0
+    candidates = min(N, refine * most) if refine > 1 and most < N else 0
+    finalists = min(N, finalists) if candidates else 0
+    ranking, candidate, finalist, blocks = (
+        index_page_bytes(pages.summary, names) for names in (RANKING, CANDIDATE, FINALIST, BLOCKS)
+    )
+    own_value = index_page_bytes(pages.summary, ("value", "value_step"))
+
+    def refined(number: int, each: float) -> int:
+        # the mean key and the count again; log mass and shift are written, and all masses are read
+        again = index_page_bytes(pages.summary, ("mean", "mean_step", "counts"))
+        return round(KV_HEADS * (number * (each + again + 8 * GROUP) + N * (4 + 4 * GROUP)))
+
     runs: dict[str, tuple[Callable[[], None], int]] = {
         "score": (
             lambda: cuda.score(query, new, new, one, steady, pages, counters, scratch, shape),
-            KV_HEADS * N * (DIM + 12 + 4 * GROUP),
+            round(KV_HEADS * N * (ranking + 4 * GROUP)),
         ),
         "rank candidates": (
-            lambda: rank(False),
-            KV_HEADS * N * (4 * GROUP + 12),
+            lambda: rank(FIRST),
+            KV_HEADS * N * (4 * GROUP + 6),
         ),
-        "refine": (
-            lambda: cuda.refine(query, pages, counters, scratch, shape),
-            KV_HEADS * (candidates * (PAGE * (DIM // 2 + 1) + 4) + N * (12 + 12 * GROUP)),
+        "refine candidates": (
+            lambda: cuda.refine(pages, counters, scratch, shape, stage=FIRST),
+            refined(candidates, candidate - own_value),
         ),
-        "rank": (
-            lambda: rank(True),
-            KV_HEADS * N * (4 * GROUP + 4),
+        "rank finalists": (lambda: rank(SECOND), KV_HEADS * N * (4 * GROUP + 4)),
+        "refine finalists": (
+            lambda: cuda.refine(pages, counters, scratch, shape, stage=SECOND),
+            refined(finalists, finalist),
         ),
+        "rank": (lambda: rank(FINAL), KV_HEADS * N * (4 * GROUP + 4)),
         "select": (lambda: cuda.select(counters, limits, scratch, shape), KV_HEADS * N * 9),
         "resolve": (
             lambda: cuda.resolve(pages, pool, counters, scratch, totals, shape),
@@ -191,7 +207,7 @@ def measure(context: int, refine: int, budget: float, host_dtype: str) -> dict[s
         ),
         "estimate": (
             lambda: cuda.estimate(pages, counters, scratch, shape),
-            KV_HEADS * N * (DIM // 2 + 4 + 8 * GROUP + 1),
+            round(KV_HEADS * (N * (blocks + 3 + 4 * GROUP) + candidates * own_value)),
         ),
         "merge": (lambda: cuda.merge(counters, scratch, totals, None, shape), 0),
     }
@@ -214,7 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[131072, 524288])
     parser.add_argument("--budget", type=float, default=0.02)
-    parser.add_argument("--refine", type=int, default=16)
+    parser.add_argument("--refine", type=int, default=12)
     parser.add_argument("--host-dtype", default="model", choices=("model", *CODEC_BITS))
     parser.add_argument("--json", type=Path, default=Path("bench/results/decode_kernels.json"))
     arguments = parser.parse_args()

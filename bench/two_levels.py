@@ -34,11 +34,11 @@ from machine import machine_record
 from torch import Tensor
 
 from wavekv.index import balanced_pages, encode_keys
-from wavekv.index.codec import _mixing
 from wavekv.index.codes import decode_keys
 from wavekv.index.segments import cut_segments
 from wavekv.index.statistics import page_scatter, page_statistics
 from wavekv.kernels.means import round_rows
+from wavekv.kernels.mixing import mixing
 from wavekv.kernels.reference import rounded_to_int8, value_slope
 
 PAGE, SEGMENT, BLOCK, SINKS, LATEST, DIM = 8, 8192, 16, 4, 252, 128
@@ -88,6 +88,10 @@ VARIANTS = {
     **{
         f"planes, {first} and {second} budgets": Variant(first, second)
         for first, second in ((16, 4), (12, 4), (12, 3), (8, 3), (6, 3))
+    },
+    **{
+        f"planes of 2 and 1 bits, {first} and {second} budgets": Variant(first, second, (2, 1))
+        for first, second in ((20, 5), (16, 4), (12, 4), (12, 3))
     },
     **{
         f"{bits} bits, {first} budgets, values of {value_bits}": Variant(
@@ -165,7 +169,7 @@ class Head:
         near = (logits - self.top[:, None]).exp()
         self.near = near @ values[steady], near.sum(1)
         self.exact = self._output(torch.ones(steps, num_pages, dtype=torch.bool), None, None)
-        mix = _mixing(D).float()
+        mix = mixing(D).float()
         self.mixed, self.mix = rounded_to_int8(scaled @ mix), mix
         self.stored: dict[object, tuple[Scores, list[Scores], Tensor, Tensor]] = {}
 

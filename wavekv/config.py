@@ -11,6 +11,9 @@ from wavekv.errors import ConfigError
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
+MOST_TOKENS = 255
+"""Tokens of a page whose number fits a byte."""
+
 DECODE_FIELDS = ("mode", "budget", "top_p", "min_budget", "refine", "tail_estimate")
 """Fields that only change how a step reads; a fork may set them."""
 
@@ -28,8 +31,10 @@ class OffloadConfig:
     min_budget: int = 64
     """The floor under a share or `top_p`: short contexts retrieve at least this many tokens. A
     `budget` given as a count goes before it."""
-    refine: int = 16
-    """Pages ranked again by quantised keys, as a multiple of the budget; 1 ranks by means alone."""
+    refine: int = 12
+    """Pages ranked again by the codes of their keys, as a multiple of the budget: so many by two
+    bits a dimension, a quarter of them by three. They are estimated with their own mean values,
+    others with those of their block. 1 reads no codes, and no mean values but those of blocks."""
     tail_estimate: Literal["none", "first", "second"] = "second"
     """What stands for pages not retrieved: nothing, the means of their keys and values, or also
     second moments (the variance of keys, and how values go with keys). Pages are ranked by the same
@@ -82,6 +87,11 @@ class OffloadConfig:
             raise ConfigError(f"top_p must be a number in (0, 1] or None, got {self.top_p!r}")
         for name in ("page_size", "window", "refine"):
             _check_count(name, getattr(self, name), least=1)
+        if self.page_size > MOST_TOKENS:
+            raise ConfigError(
+                f"page_size must be at most {MOST_TOKENS}, got {self.page_size}: a page's count of "
+                "tokens is one byte"
+            )
         if self.prefill_chunk is not None:
             _check_count("prefill_chunk", self.prefill_chunk, least=1)
         for name in ("min_budget", "num_sink_tokens"):

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wavekv.index.codec import _KEPT, _mixing, clustering_map, query_metric, train_codec
+from wavekv.index.codec import _KEPT, clustering_map, query_metric, train_codec
+from wavekv.kernels.mixing import mixing
 
 from .index_cases import HALF, SEEDS
 
@@ -130,11 +131,11 @@ def test_spread_is_shared_among_the_dimensions_with_codes() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 40, 64, 128])
 def test_mixing_is_a_rotation_without_large_entries(size: int) -> None:
-    matrix = _mixing(size)
+    matrix = mixing(size)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(size).double(), rtol=0, atol=1e-12)
     block = size & -size
     assert matrix.abs().max() <= block**-0.5 + 1e-12
-    assert torch.equal(matrix, _mixing(size))
+    assert torch.equal(matrix, mixing(size))
 
 
 @pytest.mark.parametrize("has_metric", [False, True])

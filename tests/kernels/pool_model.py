@@ -9,7 +9,7 @@ import torch
 from step_cases import make_case
 from torch import Tensor
 
-from wavekv.kernels.step import AGES, CLOCK, PAGES, StepScratch
+from wavekv.kernels.step import AGES, ATTENDED, CLOCK, ESTIMATED, PAGES, StepScratch
 
 OLDEST = AGES - 1
 """Steps after which slots are equally old."""
@@ -112,13 +112,14 @@ class PoolPair:
             start=8,
             end=12,
             span_pages=16,
+            block_pages=1,
             dtype=dtype,
             device=device,
         )
         random = torch.Generator().manual_seed(seed)
         rows = batch * kv_heads
         self.counts = torch.randint(0, page_size + 1, (rows, capacity), generator=random).int()
-        case.pages.counts.copy_(self.counts.view_as(case.pages.counts))
+        case.pages.summary.counts.copy_(self.counts.view_as(case.pages.summary.counts))
         # no two pages of the arena have a word in common
         memory, first = case.arena.memory, 1 << 20
         for chunk in memory:
@@ -184,7 +185,7 @@ class PoolPair:
 
     def step(self, *chosen: list[int]) -> None:
         """Attend to the pages chosen for each row, ascending."""
-        self.scratch.attended.zero_()
+        self.scratch.status.zero_()
         self._resolve(self.scratch, chosen, is_prefetch=False)
         self.chosen = list(chosen)
         self.attended = [
@@ -269,7 +270,7 @@ class PoolPair:
     def _check_step(self, expected: list[dict[int, int]], held: Tensor) -> None:
         slots, tokens, attended = (
             x.flatten(0, 1).tolist()
-            for x in (self.scratch.slots, self.scratch.tokens, self.scratch.attended)
+            for x in (self.scratch.slots, self.scratch.tokens, self.scratch.status)
         )
         for row, pages in enumerate(self.chosen):
             here = {}
@@ -283,7 +284,7 @@ class PoolPair:
                 here[pages[j]] = slot
             marks = [page for page, mark in enumerate(attended[row]) if mark]
             assert marks == sorted(here)
-            assert set(attended[row]) <= {0, 1}
+            assert set(attended[row]) <= {ESTIMATED, ATTENDED}
             assert len(set(here.values())) == len(here)
             assert here == expected[row]
 

@@ -12,11 +12,17 @@ from torch import Tensor
 
 from wavekv.kernels import step_reference
 from wavekv.kernels.means import KEY_BITS, pack_rows
+from wavekv.kernels.page_index import PageIndex, empty_index
 from wavekv.kernels.step import (
+    ATTENDED,
     BIN_SHIFT,
     CANDIDATES,
+    FINAL,
+    FINALISTS,
+    FIRST,
     LEAST,
     MOST,
+    SECOND,
     WIDE,
     StepPages,
     StepShape,
@@ -79,6 +85,7 @@ class Selection:
         assert G <= MOST_HEADS
         N = n + spare
         self.ops, self.num_pages, self.limits = ops, n, limits
+        self.num_finalists = -(-limits.candidates // 4)
         digits, scale, held = in_digits(log_mass.masked_fill(is_empty.unsqueeze(2), 0.0))
         self.log_mass = held.masked_fill(is_empty.unsqueeze(2), -torch.inf)
         most = min(limits.most, N)
@@ -95,39 +102,33 @@ class Selection:
             sinks=0,
             ring=8,
             span_pages=16,
+            block_pages=1,
             scale=1.0,
             top_p=limits.top_p,
             tail="first",
             is_wide=limits.wide > 0,
         )
-        values = torch.zeros(4, dtype=torch.int32)
+        values = torch.zeros(5, dtype=torch.int32)
         values[LEAST], values[MOST] = limits.least, most
         values[WIDE], values[CANDIDATES] = limits.wide or most, limits.candidates
+        values[FINALISTS] = self.num_finalists
         self.values = values.to(device)
         self.counters = torch.tensor([8, 8, n, 0], dtype=torch.int32, device=device)
         weights = torch.tensor([128.0**-j for j in range(DIGITS)])
         heads = torch.block_diag(*[weights] * MOST_HEADS)[:G]
         self.query = heads.repeat(B, H, 1).to(device)
         # what is beyond the pages in use, or belongs to an empty one, must not matter
-        mean = torch.full((B, H, N, D), 77, dtype=torch.int8)
-        mean[:, :, :n] = digits
-        mean_scale, counts = torch.full((B, H, N), torch.nan), torch.full((B, H, N), 77)
-        mean_scale[..., :n] = scale.masked_fill(is_empty, torch.nan)
-        counts[..., :n] = (~is_empty).int()
-        pages = StepPages(
-            counts.int(),
-            mean,
-            mean_scale,
-            torch.full((B, H, N), torch.nan),
-            torch.zeros(B, H, N, D // 2, dtype=torch.uint8),
-            mean_scale,
-            torch.zeros(B, H, N, D // 8, 1, 4, dtype=torch.uint8),
-            torch.zeros(B, H, N, 1, dtype=torch.uint8),
-            torch.zeros(B, H, N),
-            torch.zeros(B, H, 1, 2, D, D),
-            torch.zeros(B, H, N, dtype=torch.int64),
-        )
-        self.pages = StepPages(*(part.to(device) for part in pages))
+        empty = empty_index(torch.zeros(B, H, 0, D), page_size=1, block_pages=1)
+        parts = [x.new_full((B, H, N, *x.shape[3:]), 77) for x in empty]
+        summary = PageIndex._make(parts)
+        # a block of one page has its mean
+        summary.block_mean[:, :, :n] = digits
+        summary.block_mean_scale[..., :n] = scale
+        summary.mean_step[..., :n] = summary.key_step[:, :, :n] = 0
+        summary.counts[..., :n] = ~is_empty
+        summary = PageIndex._make(part.to(device) for part in summary)
+        pages = torch.zeros(B, H, 1, 2, D, D), torch.zeros(B, H, N, dtype=torch.int64)
+        self.pages = StepPages(summary, *(part.to(device) for part in pages))
         zone = torch.zeros(B, H, 8, D, device=device)
         self.steady = StepSteady(zone, zone, torch.zeros(B, 8, dtype=torch.bool, device=device))
         scratch = empty_scratch(self.shape, torch.float32, torch.device(device))
@@ -136,7 +137,7 @@ class Selection:
                 part.fill_(torch.nan)
             elif part.dtype in (torch.int32, torch.int64):
                 part.fill_(UNWRITTEN)
-        scratch.attended.fill_(1)
+        scratch.status.fill_(77)
         self.narrow_memory, narrow = guarded(B, H, self.shape.most, n, device)
         self.wide_memory, self.wide = guarded(B, H, limits.wide, n, device)
         self.scratch = scratch._replace(chosen=narrow)
@@ -147,10 +148,13 @@ class Selection:
         self.ops.score(
             self.query, None, None, None, self.steady, self.pages, self.counters, scratch, shape
         )
-        self.ops.rank_pages(self.counters, self.values, scratch, shape, is_final=False)
-        self.first_bits = self.bits()
-        self.ops.refine(self.query, self.pages, self.counters, scratch, shape)
-        self.ops.rank_pages(self.counters, self.values, scratch, shape, is_final=True)
+        self.stages = []
+        for stage in FIRST, SECOND, FINAL:
+            pages, counters = self.pages, self.counters
+            self.ops.rank_pages(pages, counters, self.values, scratch, shape, stage=stage)
+            self.stages.append(self.bits())
+            if stage != FINAL:
+                self.ops.refine(pages, counters, scratch, shape, stage=stage)
 
     def select(self) -> None:
         self.ops.select(self.counters, self.values, self.scratch, self.shape)
@@ -165,26 +169,26 @@ class Selection:
         return bits
 
     def check_ranks(self) -> None:
-        """Both rankings, and what they say is worth a look."""
+        """All rankings, and what they say is worth a look."""
         expected = expected_ranks(self.log_mass)
         bins_from = bin_base(self.shape.group)
-        wanted = (self.limits.candidates, int(self.values[WIDE]))
+        wanted = (self.limits.candidates, self.num_finalists, int(self.values[WIDE]))
         needless = not self.limits.candidates or self.shape.most >= self.num_pages
-        for number, every in enumerate((self.first_bits, self.bits())):
+        for number, every in enumerate(self.stages):
             thresholds = self.scratch.threshold[number].flatten().tolist()
             for bits, ranks, least in zip(every, expected, thresholds, strict=True):
                 assert [x < 0 for x in bits] == [x < 0 for x in ranks.tolist()]
                 assert all(x >= -1 for x in bits)
                 found = np.array(bits, dtype=np.int32).clip(0).view(np.float32)
                 np.testing.assert_allclose(found, ranks.clip(0), rtol=1e-4, atol=1e-36)
-                if number == 0 and needless:
+                if number != FINAL and needless:
                     assert least == 0x7FFFFFFF
                     continue
                 # the bin of the last one wanted, whole; of the lowest bin all
                 alive = [x for x in bits if x >= 0]
                 assert sum(x >= least for x in alive) >= min(wanted[number], len(alive))
                 assert least == 0 or least & ((1 << BIN_SHIFT) - 1) == 0
-                if number == 1 and not needless and self.ops is not step_reference:
+                if number != FIRST and not needless and self.ops is not step_reference:
                     # only pages that were candidates are counted: the bin may be a lower one
                     continue
                 bin_end = (bins_from + 1 if least == 0 else (least >> BIN_SHIFT) + 1) << BIN_SHIFT
@@ -192,7 +196,7 @@ class Selection:
 
     def check_chosen(self) -> None:
         """What is chosen is what a sort by rank would choose."""
-        assert not self.scratch.attended[..., : self.num_pages].any()
+        assert not (self.scratch.status[..., : self.num_pages] == ATTENDED).any()
         top_p, limits, G = self.limits.top_p, self.limits, self.shape.group
         narrow = unguarded(self.narrow_memory, self.scratch.chosen)
         wide = unguarded(self.wide_memory, self.wide)

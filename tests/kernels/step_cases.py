@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wavekv.index import encode_keys, page_scatter
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
+from wavekv.index import page_scatter
+from wavekv.index.levels import index_of_pages
 from wavekv.kernels.page_codec import PageCodec, encode_pages
+from wavekv.kernels.page_index import PageIndex
 from wavekv.kernels.step import (
+    FINAL,
+    FIRST,
+    SECOND,
     StepArena,
     StepPages,
     StepPool,
@@ -22,7 +26,6 @@ from wavekv.kernels.step import (
     empty_scratch,
     empty_totals,
 )
-from wavekv.offload.builder import rounded_statistics
 
 
 @dataclass
@@ -60,6 +63,7 @@ def make_case(
     most: int = 24,
     least: int = 4,
     candidates: int = 64,
+    finalists: int = 30,
     slots: int = 60,
     misses: int = 24,
     sinks: int = 4,
@@ -67,6 +71,7 @@ def make_case(
     start: int = 1604,
     end: int = 1680,
     span_pages: int = 64,
+    block_pages: int = 8,
     scale: float | None = None,
     softcap: float | None = None,
     top_p: float | None = None,
@@ -76,10 +81,12 @@ def make_case(
     device: str = "cpu",
     spread: float = 1.0,
 ) -> Case:
-    """A step over random pages. Some pages are short or empty, some ring slots are invalid;
+    """A step over random pages, of whole blocks: `num_pages` and `capacity` are rounded up to them.
+    Some pages are short or empty, some ring slots are invalid;
     whatever must not be read is NaN. bits: the host stores keys and values as such integers."""
     random = torch.Generator().manual_seed(seed)
-    B, H, N, P, D = batch, kv_heads, capacity, page_size, head_dim
+    num_pages, N = (-(-x // block_pages) * block_pages for x in (num_pages, capacity))
+    B, H, P, D = batch, kv_heads, page_size, head_dim
     shape = StepShape(
         batch=B,
         kv_heads=H,
@@ -93,6 +100,7 @@ def make_case(
         sinks=sinks,
         ring=ring,
         span_pages=span_pages,
+        block_pages=block_pages,
         scale=D**-0.5 if scale is None else scale,
         softcap=softcap,
         top_p=top_p,
@@ -115,8 +123,7 @@ def make_case(
     keys = keys.masked_fill(~held.unsqueeze(-1), torch.nan)
     values = values.masked_fill(~held.unsqueeze(-1), torch.nan)
     flat = [x.flatten(0, 1) for x in (keys, values, counts)]
-    statistics = rounded_statistics(*flat)
-    codes = encode_keys(flat[0], statistics.mean, flat[2])
+    summary = index_of_pages(*flat, block_pages)
     spans = -(-N // span_pages)
     scatter = torch.zeros(B * H, spans, 2, D, D)
     for span in range(spans):
@@ -124,9 +131,11 @@ def make_case(
         scatter[:, span] = page_scatter(flat[0][:, part], flat[1][:, part], flat[2][:, part])
     # what lies beyond the pages in use, or belongs to an empty one, must not matter
     is_empty = flat[2] <= 0
-    mean, mean_scale = pack_rows(statistics.mean, KEY_BITS)
-    value_mean, value_scale = pack_rows(statistics.value_mean, VALUE_BITS)
-    poisoned = [x.masked_fill(is_empty, torch.nan) for x in (mean_scale, statistics.variance)]
+    for part in (summary.variance, summary.mean_step, summary.value_step):
+        part.masked_fill_(is_empty, 255)
+    for part in (summary.key_step, summary.high, summary.low, summary.value):
+        part[is_empty] = 255
+    summary = PageIndex._make(_poisoned(part, num_pages * part.shape[1] // N) for part in summary)
     used_spans = -(-num_pages // span_pages)
     scatter[:, used_spans:] = torch.nan
 
@@ -160,28 +169,26 @@ def make_case(
         torch.ones(B, dtype=torch.bool),
         StepSteady(steady_keys, steady_values, valid),
         StepPages(
-            counts,
-            of_heads(mean),
-            of_heads(poisoned[0]),
-            of_heads(poisoned[1]),
-            of_heads(value_mean),
-            of_heads(value_scale),
-            of_heads(codes.codes),
-            of_heads(codes.scale),
-            of_heads(codes.page_scale),
+            PageIndex._make(of_heads(part) for part in summary),
             of_heads(scatter),
             arena_ids,
         ),
         empty_pool(shape, dtype, target),
         StepArena(addresses, per_chunk, chunks),
         torch.tensor([end, 7, num_pages, start], dtype=torch.int32),
-        torch.tensor([least, most, candidates, most], dtype=torch.int32),
+        torch.tensor([least, most, candidates, finalists, most], dtype=torch.int32),
         empty_scratch(shape, dtype, target),
         empty_totals(shape, target),
         keys,
         values,
     )
     return case if device == "cpu" else _moved(case, target)
+
+
+def _poisoned(part: Tensor, used: int) -> Tensor:
+    """What lies beyond the pages in use is NaN, or large."""
+    part[:, used:] = torch.nan if part.is_floating_point() else 77
+    return part
 
 
 def copied(case: Case) -> Case:
@@ -218,9 +225,10 @@ def run_step(ops: object, case: Case, sinks: Tensor | None = None) -> Tensor:
         scratch,
         shape,
     )
-    ops.rank_pages(c.counters, c.limits, scratch, shape, is_final=False)  # type: ignore[attr-defined]
-    ops.refine(c.query, c.pages, c.counters, scratch, shape)  # type: ignore[attr-defined]
-    ops.rank_pages(c.counters, c.limits, scratch, shape, is_final=True)  # type: ignore[attr-defined]
+    for stage in FIRST, SECOND:
+        ops.rank_pages(c.pages, c.counters, c.limits, scratch, shape, stage=stage)  # type: ignore[attr-defined]
+        ops.refine(c.pages, c.counters, scratch, shape, stage=stage)  # type: ignore[attr-defined]
+    ops.rank_pages(c.pages, c.counters, c.limits, scratch, shape, stage=FINAL)  # type: ignore[attr-defined]
     ops.select(c.counters, c.limits, scratch, shape)  # type: ignore[attr-defined]
     ops.resolve(c.pages, c.pool, c.counters, scratch, c.totals, shape)  # type: ignore[attr-defined]
     ops.fetch(c.arena, c.pool, scratch, shape)  # type: ignore[attr-defined]

@@ -129,7 +129,7 @@ def test_none_are_chosen(kernels) -> None:
     pair.prefetch([], wide=True)
     assert pair.slots() == [-1] * 5
     assert pair.paging() == paging
-    assert not pair.scratch.attended.any()
+    assert not pair.scratch.status.any()
     for ours, theirs in zip(pair.case.pool, before, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -137,7 +137,7 @@ def test_none_are_chosen(kernels) -> None:
 def test_empty_pages_take_slots_and_no_tokens(kernels) -> None:
     pair = PoolPair(*kernels)
     pair.counts[0, :3] = 0
-    pair.case.pages.counts[0, 0, :3] = 0
+    pair.case.pages.summary.counts[0, 0, :3] = 0
     pair.step([0, 1, 2])
     assert pair.slots() == [0, 1, 2, -1, -1]
     assert pair.paging() == [0, 3, 0, 0, 0]

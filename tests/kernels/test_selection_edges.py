@@ -124,7 +124,7 @@ def test_a_sample_shows_where_the_candidates_begin(kernels, num_pages: int) -> N
     is_empty = torch.rand(1, 1, num_pages, generator=random) < 0.1
     selection = Selection(*kernels, log_mass, is_empty, Limits(40, candidates=400), spare=7)
     selection.rank()
-    bits, least = selection.first_bits[0], int(selection.scratch.threshold[0])
+    bits, least = selection.stages[0][0], int(selection.scratch.threshold[0])
     assert 330 <= sum(x >= least for x in bits) <= 480
     selection.select()
     selection.check_chosen()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,58 +14,84 @@ from implementations import implementation
 from step_cases import Case, make_case
 from torch import Tensor
 
-from wavekv.kernels import reference, step_reference
-from wavekv.kernels.means import unpack_rows
-from wavekv.kernels.step import CANDIDATES
+from wavekv.kernels import step_reference
+from wavekv.kernels.levels import refine_levels, score_levels
+from wavekv.kernels.mixing import mixing
+from wavekv.kernels.page_index import PageIndex
+from wavekv.kernels.step import CANDIDATES, ESTIMATED, FINALISTS, FIRST, REFINED, SECOND
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
-def refined(ops: ModuleType, case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Score, rank and refine. Returns log mass and shift by moments and after codes [B, Hq, n], and
-    which pages are candidates [B, Hkv, n]."""
+class Refined(NamedTuple):
+    """Log mass [B, Hq, n] before and after the codes were read, which pages were candidates [B,
+    Hkv, n], and the shift of these."""
+
+    before: Tensor
+    after: Tensor
+    shift: Tensor
+    is_candidate: Tensor
+
+
+def refined(ops: ModuleType, case: Case) -> list[Refined]:
+    """Score, then rank and refine twice."""
     c, n = case, int(case.counters[2])
-    ops.score(c.query, None, None, None, c.steady, c.pages, c.counters, c.scratch, c.shape)
-    log_mass, shift = (x[..., :n].clone() for x in (c.scratch.log_mass, c.scratch.shift))
-    ops.rank_pages(c.counters, c.limits, c.scratch, c.shape, is_final=False)
-    is_candidate = c.scratch.rank[..., :n] >= c.scratch.threshold[0].unsqueeze(-1)
-    ops.refine(c.query, c.pages, c.counters, c.scratch, c.shape)
-    return log_mass, shift, c.scratch.log_mass[..., :n], c.scratch.shift[..., :n], is_candidate
+    scratch = c.scratch
+    ops.score(c.query, None, None, None, c.steady, c.pages, c.counters, scratch, c.shape)
+    stages = []
+    for stage in FIRST, SECOND:
+        before = scratch.log_mass[..., :n].clone()
+        ops.rank_pages(c.pages, c.counters, c.limits, scratch, c.shape, stage=stage)
+        is_candidate = scratch.rank[..., :n] >= scratch.threshold[stage].unsqueeze(-1)
+        ops.refine(c.pages, c.counters, scratch, c.shape, stage=stage)
+        after, shift = (x[..., :n].clone() for x in (scratch.log_mass, scratch.shift))
+        stages.append(Refined(before, after, shift, is_candidate))
+    return stages
 
 
-def of_codes(case: Case, b: int, h: int, page: int) -> tuple[np.ndarray, np.ndarray]:
+def plane_of(plane: np.ndarray, bits: int, p: int, d: int) -> int:
+    """Dimension d of key p."""
+    per_word = 32 // bits
+    byte = int(plane[d // per_word, p, d % 4])
+    return byte >> (bits * (d % per_word // 4)) & (2**bits - 1)
+
+
+def of_codes(case: Case, b: int, h: int, page: int, stage: int) -> tuple[np.ndarray, np.ndarray]:
     """Log mass and shift [G] of a page from the codes of its keys, in float64 and one by one."""
-    shape, G = case.shape, case.shape.group
-    count = int(case.pages.counts[b, h, page])
-    codes = case.pages.codes[b, h, page].cpu().numpy()
-    half = 4 * codes.shape[0]
-    scale = float(case.pages.mean_scale[b, h, page])
-    mean = scale * case.pages.mean[b, h, page].cpu().double().numpy()
-    page_scale = float(case.pages.page_scale[b, h, page])
+    shape, G, D = case.shape, case.shape.group, case.shape.head_dim
+    summary = PageIndex._make(part[b, h].cpu() for part in case.pages.summary)
+    count = int(summary.counts[page])
+    high, low = summary.high[page].numpy(), summary.low[page].numpy()
+    block = page // shape.block_pages
+    mean = summary.block_mean[block].double() * summary.block_mean_scale[block].double()
+    codes = summary.mean[block].numpy()
+    step = 2 ** ((float(summary.mean_step[page]) - 160) / 8)
+    residual = np.array([plane_of(codes, 2, page % shape.block_pages, d) - 1.5 for d in range(D)])
+    mix = mixing(D).numpy()
     masses, shifts = np.zeros(G), np.zeros(G)
     for g in range(G):
         query = case.query[b, h * G + g].cpu().double().numpy() * shape.scale
-        step = np.abs(query).max() / 127
-        rounded = np.round(query / step) * step
+        mixed = query @ mix
+        worth = np.abs(mixed).max() / 127
+        mixed = np.round(mixed / worth) * worth
         offsets = []
         for p in range(count):
             offset = 0.0
-            for d in range(shape.head_dim):
-                byte = int(codes[(d % half) // 4, p, d % 4])
-                nibble = byte & 15 if d < half else byte >> 4
-                offset += rounded[d] * (nibble - 8)
-            offsets.append(offset * page_scale * int(case.pages.code_scale[b, h, page, p]) / 255)
-        offset = np.array(offsets) - np.mean(offsets)
-        logits = offset + query @ mean
+            for d in range(D):
+                code = 2 * plane_of(high, 2, p, d)
+                code = code - 3 if stage == FIRST else code + plane_of(low, 1, p, d) - 3.5
+                offset += mixed[d] * code
+            offsets.append(offset * 2 ** ((float(summary.key_step[page, p]) - 160) / 8))
+        logits = np.array(offsets) + query @ mean.numpy() + mixed @ residual * step
         if shape.softcap is not None:
             logits = shape.softcap * np.tanh(logits / shape.softcap)
         masses[g] = np.logaddexp.reduce(logits)
-        shifts[g] = (np.exp(logits - masses[g]) * offset).sum()
+        shifts[g] = (np.exp(logits - masses[g]) * (offsets - np.mean(offsets))).sum()
     return masses, shifts
 
 
 def code_case(device: str, seed: int, num_pages: int, spare: int, **chosen: Any) -> Case:
-    """Pages of all sizes, and a query no component of which is rounded by chance."""
+    """Pages of all sizes, and a mixed query no component of which is rounded by chance."""
     case = make_case(
         seed,
         num_pages=num_pages,
@@ -80,63 +106,57 @@ def code_case(device: str, seed: int, num_pages: int, spare: int, **chosen: Any)
         **chosen,
     )
     random = torch.Generator().manual_seed(1)
-    steps = torch.randint(-126, 127, case.query.shape, generator=random).float()
+    steps = torch.randint(-126, 127, case.query.shape, generator=random).double()
     steps += 0.8 * torch.rand(case.query.shape, generator=random) - 0.4
     steps[..., 3] = 127
-    case.query.copy_(steps / 60)
+    case.query.copy_(steps / 60 @ mixing(case.shape.head_dim).T)
     return case
 
 
 def check_refined(ops: ModuleType, case: Case, by_hand: int) -> None:
-    c, n = case, int(case.counters[2])
-    log_mass, shift, mass, lean, is_candidate = refined(ops, case)
-    variance = c.pages.variance[:, :, :n] if c.shape.tail == "second" else None
-    mean = unpack_rows(c.pages.mean, c.pages.mean_scale, c.shape.head_dim, torch.float32)
-    moments = reference.score(
+    c, n, G = case, int(case.counters[2]), case.shape.group
+    stages = refined(ops, case)
+    summary = c.pages.summary.in_pages(0, n)
+    scores = score_levels(
         c.query,
-        mean[:, :, :n],
-        variance,
-        c.pages.counts[:, :, :n],
+        summary,
         scale=c.shape.scale,
         softcap=c.shape.softcap,
+        use_variance=c.shape.tail == "second",
     )
-    for ours, theirs in zip((log_mass, shift), moments, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    # as a list of pages, -1 for the rest
-    ids = torch.arange(n, device=mass.device).expand_as(is_candidate)
-    candidates = ids.masked_fill(~is_candidate, -1).sort(dim=-1, descending=True).values
-    expected = reference.refine(
-        c.query,
-        c.query,
-        log_mass,
-        shift,
-        mean[:, :, :n],
-        c.pages.codes[:, :, :n],
-        c.pages.code_scale[:, :, :n],
-        c.pages.page_scale[:, :, :n],
-        c.pages.counts[:, :, :n],
-        candidates,
-        scale=c.shape.scale,
-        softcap=c.shape.softcap,
-    )
-    for ours, theirs in zip((mass, lean), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    others = ~is_candidate.repeat_interleave(c.shape.group, 1)
-    for ours, before in zip((mass, lean), (log_mass, shift), strict=True):
-        assert torch.equal(ours[others], before[others])
-    is_empty = c.pages.counts[:, :, :n] <= 0
-    assert not (is_candidate & is_empty).any()
-    assert (mass[is_empty.repeat_interleave(c.shape.group, 1)] == -torch.inf).all()
-    if int(c.limits[CANDIDATES]) and n > c.shape.most:
-        wanted = (~is_empty).sum(-1).clamp(max=int(c.limits[CANDIDATES]))
-        assert (is_candidate.sum(-1) >= wanted).all()
-    else:
-        assert not is_candidate.any()
-    G = c.shape.group
-    for b, h, page in is_candidate.nonzero().tolist()[:by_hand]:
-        found = (x[b, h * G : (h + 1) * G, page].cpu().double().numpy() for x in (mass, lean))
-        for ours, theirs in zip(found, of_codes(c, b, h, page), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stages[0].before, scores.log_mass, rtol=1e-4, atol=1e-4)
+    is_empty = summary.counts <= 0
+    status = torch.full_like(summary.counts, ESTIMATED)
+    for stage, found in zip((FIRST, SECOND), stages, strict=True):
+        is_candidate = found.is_candidate
+        # as a list of pages, -1 for the rest
+        ids = torch.arange(n, device=status.device).expand_as(is_candidate)
+        candidates = ids.masked_fill(~is_candidate, -1).sort(dim=-1, descending=True).values
+        scores = scores._replace(log_mass=found.before)
+        scores = refine_levels(
+            scores, summary, candidates, use_low=stage == SECOND, softcap=c.shape.softcap
+        )
+        torch.testing.assert_close(found.after, scores.log_mass, rtol=1e-4, atol=1e-4)
+        of_heads = is_candidate.repeat_interleave(G, 1)
+        assert torch.equal(found.after[~of_heads], found.before[~of_heads])
+        torch.testing.assert_close(
+            found.shift[of_heads], scores.shift[of_heads], rtol=1e-4, atol=1e-4
+        )
+        status[is_candidate] = REFINED
+        assert not (is_candidate & is_empty).any()
+        assert (found.after[is_empty.repeat_interleave(G, 1)] == -torch.inf).all()
+        limit = int(c.limits[(CANDIDATES, FINALISTS)[stage]])
+        if int(c.limits[CANDIDATES]) and n > c.shape.most:
+            wanted = (~is_empty).sum(-1).clamp(max=limit)
+            assert (is_candidate.sum(-1) >= wanted).all()
+        else:
+            assert not is_candidate.any()
+        for b, h, page in is_candidate.nonzero().tolist()[:by_hand]:
+            heads = slice(h * G, (h + 1) * G)
+            own = (x[b, heads, page].cpu().double().numpy() for x in (found.after, found.shift))
+            for ours, theirs in zip(own, of_codes(c, b, h, page, stage), strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(c.scratch.status[..., :n], status)
 
 
 def code_cases(sizes: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, Any]]:
@@ -151,6 +171,8 @@ def code_cases(sizes: st.SearchStrategy[int]) -> st.SearchStrategy[dict[str, Any
             "head_dim": st.sampled_from([8, 24, 80, 128]),
             "page_size": st.sampled_from([1, 2, 4, 8, 16]),
             "candidates": st.sampled_from([0, 1, 5, 40]),
+            "finalists": st.sampled_from([1, 4]),
+            "block_pages": st.sampled_from([1, 2, 16]),
             "softcap": st.sampled_from([None, 5.0]),
             "tail": st.sampled_from(["first", "second"]),
             "spread": st.sampled_from([0.1, 1.0, 4.0]),

@@ -16,7 +16,6 @@ from torch import Tensor
 from wavekv.errors import LayoutError
 from wavekv.offload import LayerContext, Logits
 from wavekv.offload.budget import page_limits
-from wavekv.offload.packed import PackedRows
 
 TAILS = ["none", "first", "second"]
 
@@ -87,19 +86,23 @@ def test_half_precision_is_close_to_full_attention(device, dtype, count, softcap
 def test_the_order_of_pages_does_not_matter(device, tail: str, mode: str, count: int) -> None:
     tokens = padded(2, 2, 310, [0, 40])
     settings = {"mode": mode, "budget": 12, "tail_estimate": tail}
-    context = new_context(tokens, device, is_for_engine=mode == "retrieval", **settings)
+    context = new_context(tokens, device, **settings)
     prefill(context, tokens.between(0, 310 - count))
     shuffled = context.fork(context.runtime)
-    # anywhere within their span, and the two whole spans trade places
-    size = shuffled.paged.scatter.span_pages
-    assert 2 * size < shuffled.paged.num_pages < 3 * size
-    order = torch.cat([a + torch.randperm(size) for a in (size, 0)])
-    order = torch.cat([order, 2 * size + torch.randperm(shuffled.paged.num_pages - 2 * size)])
+    # whole blocks anywhere within their span, and the two whole spans trade places
+    paged = shuffled.paged
+    K = paged.index.block_pages
+    size, num_blocks = paged.scatter.span_pages // K, paged.num_pages // K
+    assert 2 * size < num_blocks < 3 * size
+    blocks = torch.cat([a + torch.randperm(size) for a in (size, 0)])
+    blocks = torch.cat([blocks, 2 * size + torch.randperm(num_blocks - 2 * size)])
+    pages = (blocks[:, None] * K + torch.arange(K)).flatten()
     spans = shuffled.paged.scatter.spans.view
     spans.copy_(spans[:, :, [1, 0, 2]])
-    for part in shuffled.paged._parts():
-        for rows in part.parts if isinstance(part, PackedRows) else [part]:
-            rows.view.copy_(rows.view[:, :, order.to(rows.view.device)])
+    tables = paged.page_ids.view, paged.counts.view, paged.token_ids.view
+    for rows in (*tables, *paged.index.view):
+        order = pages if rows.shape[2] == paged.num_pages else blocks
+        rows.copy_(rows[:, :, order.to(rows.device)])
     new = tokens.between(310 - count, 310)
     outs = []
     for one in (context, shuffled):

@@ -45,11 +45,11 @@ def test_a_segment_holds_each_valid_token_with_its_key_and_value(
     def build():
         mask = None if valid is None else valid.to(device)
         segments = SegmentBatch(keys, values, mask, start, S, [ids], first_page)
-        return build_segments(segments, arena, span_pages=4)
+        return build_segments(segments, arena, 4, 1)
 
     (built,) = PageBuilder().submit(device, build).result()
     assert (built.start, built.length) == (start, S)
-    assert torch.equal(built.device_counts.cpu(), built.counts)
+    assert torch.equal(built.index.counts.cpu(), built.counts.to(torch.uint8))
     pages = arena.read(built.page_ids.flatten()).reshape(*built.page_ids.shape, 2, 4, 8)
     for b in range(batch):
         for h in range(heads):

@@ -18,11 +18,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from offload_cases import D, Tokens, feed, new_context, plain_attention
+from offload_cases import D, Tokens, feed, new_context, plain_attention, same_index
 from torch import Tensor
 
 from wavekv.index import page_scatter
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
+from wavekv.index.levels import index_of_pages
+from wavekv.kernels.page_index import PageIndex
 from wavekv.offload import LayerContext
 from wavekv.offload.paged import PagedZone
 from wavekv.offload.runtime import PrefillPlan
@@ -53,7 +54,6 @@ class ContextMachine(RuleBasedStateMachine):
         sinks=st.integers(0, 4),
         mode=st.sampled_from(["exact", "retrieval"]),
         tail=st.sampled_from(["none", "first", "second"]),
-        is_for_engine=st.booleans(),
         is_coded=st.booleans(),
         seed=st.integers(0, 999),
     )
@@ -63,7 +63,6 @@ class ContextMachine(RuleBasedStateMachine):
         sinks: int,
         mode: str,
         tail: str,
-        is_for_engine: bool,
         is_coded: bool,
         seed: int,
     ) -> Pair:
@@ -72,7 +71,6 @@ class ContextMachine(RuleBasedStateMachine):
         context = new_context(
             tokens,
             self.device,
-            is_for_engine=is_for_engine,
             num_sink_tokens=sinks,
             mode=mode,
             tail_estimate=tail,
@@ -252,26 +250,31 @@ def in_pages(context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
 
 def check_pages(context: LayerContext) -> None:
     """Counts, statistics and segments of the paged zone describe what its pages hold."""
-    paged, (B, H, _) = context.paged, context.shape
+    paged = context.paged
     held = paged.token_ids.view >= 0
     P = held.shape[-1]
     counts = paged.counts.view
     assert torch.equal(held, torch.arange(P) < counts[..., None])
-    assert torch.equal(paged.device_counts.view.cpu(), counts)
+    assert torch.equal(paged.index.view.counts.cpu(), counts.to(torch.uint8))
     assert {len(part) for part in paged._parts()} == {paged.num_pages}
     assert paged.num_tokens == context.steady.start == paged.num_pages * P
     assert [stop for stop, _ in paged.segments] == [pages * P for _, pages in paged.segments]
     _, keys, values = in_pages(context)
-    kept = (paged.mean, keys, KEY_BITS), (paged.value_mean, values, VALUE_BITS)
-    for found, rows, bits in kept:
-        rows = rows.reshape(B, H, paged.num_pages, P, D).masked_fill(~held[..., None], 0.0)
-        mean = rows.sum(3) / counts[..., None].clamp_min(1)
-        step = pack_rows(mean, bits)[1].unsqueeze(-1)
-        atol = CODED if is_coded(context) else 0.0
-        assert ((found.view.cpu() - mean).abs() <= 0.5001 * step + atol).all()
     if not is_coded(context):
-        # what is stored in eight bits says too little of sums of squares
+        # what is stored in few bits says too little of means and of sums of squares
+        check_index(paged, keys, values)
         check_scatter(paged, keys, values)
+
+
+def check_index(paged: PagedZone, keys: Tensor, values: Tensor) -> None:
+    """The index is what the pages make."""
+    B, H, N = paged.counts.view.shape
+    P = paged.arena.layout.page_size
+    keys, values = (x.reshape(B * H, N, P, D) for x in (keys, values))
+    counts = paged.counts.view.reshape(B * H, N)
+    expected = index_of_pages(keys, values, counts, paged.index.block_pages)
+    found = PageIndex._make(part.cpu().flatten(0, 1) for part in paged.index.view)
+    same_index(found, expected)
 
 
 def check_scatter(paged: PagedZone, keys: Tensor, values: Tensor) -> None:
@@ -281,7 +284,7 @@ def check_scatter(paged: PagedZone, keys: Tensor, values: Tensor) -> None:
     keys, values = (x.reshape(B * H, N, P, D) for x in (keys, values))
     counts, size = paged.counts.view.reshape(B * H, N), paged.scatter.span_pages
     spans = paged.scatter.spans.view.cpu()
-    assert paged.statistics_nbytes >= spans.nbytes + paged.mean.nbytes + paged.codes.nbytes
+    assert paged.statistics_nbytes == spans.nbytes + paged.index.nbytes
     assert spans.shape == (B, H, -(-N // size), 2, D, D)
     for number in range(spans.shape[2]):
         part = slice(number * size, (number + 1) * size)

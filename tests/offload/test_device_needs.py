@@ -142,7 +142,6 @@ def test_builders_take_no_more_than_foreseen(dtype: torch.dtype, host_dtype: str
 
 def contexts_of(config: OffloadConfig, tokens: int, dtype: torch.dtype) -> list[LayerContext]:
     runtime = OffloadRuntime(config)
-    runtime.is_for_engine = True
     contexts = []
     for _ in range(SHAPE.layers):
         keys, values = torch.randn(2, 1, 2, tokens, 64).to(dtype)

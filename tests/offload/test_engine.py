@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload_cases import SMALL, D, limit_slots
+from offload_cases import SMALL, D, limit_slots, same_index
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
@@ -36,7 +36,6 @@ class Steps:
 def prefilled(steps: Steps, length: int, padding: int = 0, **chosen: object) -> list[LayerContext]:
     """Contexts of `length` tokens; the first `padding` of the first sequence are none."""
     runtime = OffloadRuntime(OffloadConfig(**(SMALL | chosen)))  # type: ignore[arg-type]
-    runtime.is_for_engine = True
     valid = None
     if padding:
         valid = torch.ones(steps.batch, length, dtype=torch.bool)
@@ -107,7 +106,7 @@ def started(
 def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
     steps = Steps(0)
     # an engine's candidates are whole bins of ranks: alike only where they are all pages
-    taken, contexts = started(steps, 150, **({"budget": 0.1, "refine": 64} | chosen))
+    taken, contexts = started(steps, 150, **({"budget": 0.1, "refine": 256} | chosen))
     assert engine_refusal(taken) is None
     if chosen.get("budget") == 8:
         limit_slots(taken, wanted_shape(taken).most)
@@ -129,8 +128,9 @@ def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
             one.paged.recover(0, end), other.paged.recover(0, end), strict=True
         ):
             assert torch.equal(mine, expected)
-        for name in ("counts", "token_ids", "mean", "codes", "code_scale", "value_mean"):
+        for name in ("counts", "token_ids"):
             assert torch.equal(getattr(one.paged, name).view, getattr(other.paged, name).view)
+        same_index(one.paged.index.view, other.paged.index.view)
         torch.testing.assert_close(one.paged.scatter.spans.view, other.paged.scatter.spans.view)
         assert torch.equal(one.steady.keys.view, other.steady.keys.view)
         assert one.counters.steps == other.counters.steps
@@ -179,7 +179,7 @@ def test_to_the_end_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets grow with the context: the last step of an engine chooses the most pages."""
     monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 64)
     steps = Steps(7)
-    taken, contexts = started(steps, 150, budget=0.6, refine=64, prefetch="runners-up")
+    taken, contexts = started(steps, 150, budget=0.6, refine=256, prefetch="runners-up")
     engine = DecodeEngine(taken, step_reference)
     count = 0
     while not engine.is_full:
@@ -246,7 +246,7 @@ def test_giving_back_may_fail_and_be_repeated(monkeypatch: pytest.MonkeyPatch) -
 def test_rehearsals_leave_no_trace_in_a_small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 32)
     steps = Steps(10)
-    taken, contexts = started(steps, 200, budget=0.5, refine=64)
+    taken, contexts = started(steps, 200, budget=0.5, refine=256)
     slots = wanted_shape(taken).most + 3
     limit_slots(taken, slots)
     engine = DecodeEngine(taken, step_reference)
@@ -314,15 +314,6 @@ def test_host_budget_runs_out_between_steps() -> None:
     length = engine.num_tokens
     engine.give_back()
     assert all(context.num_tokens == length for context in taken)
-
-
-def test_contexts_that_keep_means_as_floats_are_refused() -> None:
-    token = Steps(0).token()
-    runtime = OffloadRuntime(OffloadConfig(**SMALL))
-    plain = [LayerContext(runtime, *each[1:]) for each in token]
-    for context, each in zip(plain, token, strict=True):
-        context.attend(*each, None, LOGITS)
-    assert engine_refusal(plain) == "means are not packed"
 
 
 def test_refusals() -> None:

@@ -25,13 +25,10 @@ def config_of(**chosen: object) -> OffloadConfig:
     return OffloadConfig(**(SMALL | {"prefill_chunk": 96, "cpu_budget": 1 << 24} | chosen))  # type: ignore[arg-type]
 
 
-def prefilled(
-    config: OffloadConfig, shape: CacheShape, *, is_packed: bool
-) -> tuple[list[LayerContext], int]:
+def prefilled(config: OffloadConfig, shape: CacheShape) -> tuple[list[LayerContext], int]:
     """Contexts that took in the tokens of `shape` by chunks, and the largest room for local
     tokens on the way."""
     runtime = OffloadRuntime(config)
-    runtime.is_for_engine = is_packed
     contexts, room = [], 0
     logits = Logits(shape.head_dim**-0.5)
     for _ in range(shape.layers):
@@ -51,14 +48,14 @@ def prefilled(
     return contexts, room
 
 
-def check_cache(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> None:
-    contexts, room = prefilled(config, shape, is_packed=is_packed)
-    foreseen = cache_bytes(config, shape, is_packed=is_packed)
+def check_cache(config: OffloadConfig, shape: CacheShape) -> None:
+    contexts, room = prefilled(config, shape)
+    foreseen = cache_bytes(config, shape)
     paged = [context.paged for context in contexts]
     assert foreseen.num_pages == paged[0].num_pages
     statistics = sum(zone.statistics_nbytes for zone in paged)
-    assert sum(foreseen.index.values()) - foreseen.index["counts"] == statistics
-    assert foreseen.index["counts"] == sum(zone.device_counts.nbytes for zone in paged)
+    assert sum(foreseen.index.values()) == statistics
+    assert foreseen.index["counts"] == sum(zone.index.view.counts.nbytes for zone in paged)
     assert foreseen.index["scatter"] == sum(zone.scatter.spans.nbytes for zone in paged)
     assert foreseen.steady == sum(context.steady.nbytes for context in contexts)
     assert foreseen.host_pages == paged[0].arena.nbytes
@@ -68,16 +65,15 @@ def check_cache(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_a_cache_takes_what_was_foreseen(is_packed: bool, dtype: torch.dtype) -> None:
-    check_cache(config_of(), replace(SHAPE, dtype=dtype), is_packed=is_packed)
+def test_a_cache_takes_what_was_foreseen(dtype: torch.dtype) -> None:
+    check_cache(config_of(), replace(SHAPE, dtype=dtype))
 
 
 @pytest.mark.parametrize("host_dtype", ["int8", "int4", "int4-int2"])
 def test_pages_of_integers(host_dtype: str) -> None:
     config, dense = config_of(host_dtype=host_dtype), config_of()
-    check_cache(config, SHAPE, is_packed=True)
-    pages = [cache_bytes(c, SHAPE, is_packed=True).host_pages for c in (config, dense)]
+    check_cache(config, SHAPE)
+    pages = [cache_bytes(c, SHAPE).host_pages for c in (config, dense)]
     assert pages[0] < pages[1]
 
 
@@ -90,7 +86,6 @@ def test_pages_of_integers(host_dtype: str) -> None:
     page_size=st.sampled_from([1, 2, 8]),
     chunk=st.integers(40, 400),
     sinks=st.integers(0, 3),
-    is_packed=st.booleans(),
 )
 def test_caches_of_any_shape(
     tokens: int,
@@ -100,11 +95,10 @@ def test_caches_of_any_shape(
     page_size: int,
     chunk: int,
     sinks: int,
-    is_packed: bool,
 ) -> None:
     sizes = {"page_size": page_size, "prefill_chunk": chunk, "num_sink_tokens": sinks}
     shape = CacheShape(1, batch, kv_heads, 1, head_dim, torch.float32, tokens)
-    check_cache(config_of(**sizes), shape, is_packed=is_packed)
+    check_cache(config_of(**sizes), shape)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +116,7 @@ def test_caches_of_any_shape(
 )
 def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
     config = config_of(**({"budget": 0.1} | chosen))
-    contexts, _ = prefilled(config, SHAPE, is_packed=True)
+    contexts, _ = prefilled(config, SHAPE)
     query = torch.randn(2, 4, 1, 16)
     new = torch.randn(2, 2, 1, 16)
     for context in contexts:
@@ -145,7 +139,7 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
     on_host = engine.growth._host_ids.nbytes
     held_already = engine.ring.nbytes + engine.counters.nbytes
     assert engine_bytes(config, shape, step) == {
-        "index": sum(nbytes(layer.pages) for layer in layers),
+        "index": sum(nbytes((*layer.pages.summary, *layer.pages[1:])) for layer in layers),
         "pool": sum(nbytes(layer.pool) for layer in layers) - tables,
         "tables": tables,
         "ring": engine.ring.nbytes + sum(steady.values()),
@@ -157,7 +151,7 @@ def test_an_engine_takes_what_was_foreseen(chosen: dict[str, object]) -> None:
 def test_a_million_tokens_take_no_memory_to_foresee() -> None:
     shape = CacheShape(80, 64, 8, 8, 128, torch.bfloat16, 16 << 20)
     config = OffloadConfig(prefill_chunk=8192)
-    cache = cache_bytes(config, shape, is_packed=True)
+    cache = cache_bytes(config, shape)
     assert cache.host_pages > 200 << 40
     step = engine_step_shape(config, shape)
     assert engine_bytes(config, shape, step)["index"] > sum(cache.index.values())

@@ -79,7 +79,7 @@ def needs_of(
 
     chunk = chosen_chunk(config, budget, lambda size: sum(parts(size).values()))
     config = config.override(prefill_chunk=chunk)
-    cache = cache_bytes(config, shape, is_packed=has_device)
+    cache = cache_bytes(config, shape)
     token_bytes = 2 * shape.layers * shape.batch * shape.kv_heads * shape.head_dim
     token_bytes *= shape.dtype.itemsize
     index = sum(cache.index.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wavekv.config import OffloadConfig
+from wavekv.index.levels import num_finalists
 from wavekv.offload.budget import page_limits
 from wavekv.offload.sizes import CacheBytes, CacheShape
 
@@ -21,11 +22,11 @@ class StepBytes:
 
     weights: int
     ranking: int
-    """Key means, variances and counts; scores written and read."""
+    """Blocks, mean keys, variances and counts; scores written and read."""
     codes: int
-    """Of the candidates."""
+    """The high plane of candidates, both of finalists."""
     estimating: int
-    """Value means, the scatter; scores read again."""
+    """Mean values of candidates, the scatter; scores read again."""
     pages: int
     """That are attended to."""
     steady: int
@@ -53,22 +54,27 @@ def step_bytes(
     N, index, page = cache.num_pages, cache.index, config.page_size
     rows = shape.layers * shape.batch * shape.kv_heads
     most = min(N, page_limits(config, shape.num_tokens + 1)[1])
-    candidates = min(N, most * config.refine) if config.refine > 1 and most < N else 0
+    candidates = finalists = 0
+    if config.refine > 1 and most < N:
+        candidates = min(N, most * config.refine)
+        finalists = min(N, most * num_finalists(config.refine))
     pool_page = cache.layout.dense_bytes
     local = shape.num_tokens - N * page
-    # of a page, numbers of four bytes: logit, log mass and shift of each query head are written,
-    # the last two read again; ranks and lists are of a KV head
+    # of a page, numbers of four bytes: the log mass of each query head is written, and read in each
+    # of three stages; ranks are of a KV head, written and read in each
     scores, ranks = 4 * rows * N * shape.group, 4 * rows * N
-    ranking = index["key means"] + index["variance"] + index["counts"]
+    ranking = index["mean keys"] + index["variances"] + index["counts"]
+    blocks = index["blocks"]
     scatter = index["scatter"] if config.tail_estimate == "second" else 0
     fetched = 0
     if slots is not None:
         fetched = round(rows * most * (1 - hit_rate(slots, most, N))) * cache.layout.page_bytes
     return StepBytes(
         weights=weights,
-        ranking=ranking + 3 * scores + 4 * ranks,
-        codes=index["codes"] * candidates // max(1, N),
-        estimating=index["value means"] + scatter + 2 * scores,
+        ranking=ranking + blocks + 4 * scores + 6 * ranks,
+        codes=(index["high codes"] * (candidates + finalists) + index["low codes"] * finalists)
+        // max(1, N),
+        estimating=index["mean values"] * candidates // max(1, N) + scatter + scores,
         pages=rows * most * pool_page,
         steady=rows * local * pool_page // page + windows,
         fetched=fetched,

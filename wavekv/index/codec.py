@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wavekv.kernels.mixing import mixing
+
 _RIDGE = 0.1
 """Share of the mean second moment of the queries that every direction gets: a sample is small, and
 the queries to come drift (SMAQ: an unshrunk metric is unstable)."""
@@ -103,7 +105,7 @@ def train_codec(
         unit = max(8, _CODES_PER_VECTOR // page_size)
         code_dims = most if metric is None else min(most, _dims_to_keep(spread, unit))
     W = min(code_dims, D)
-    mix = torch.block_diag(_mixing(W), *([_mixing(D - W)] if D > W else []))
+    mix = torch.block_diag(mixing(W), *([mixing(D - W)] if D > W else []))
     turn = turn @ mix.to(turn)
     forward, backward = (root @ turn).float(), (inverse @ turn).float()
     return KeyCodec(total / count, forward, backward, code_dims)
@@ -124,22 +126,3 @@ def _power(metric: Tensor, exponent: float) -> Tensor:
     powers = values.clamp_min(torch.finfo(torch.float32).tiny) ** exponent
     power: Tensor = (vectors * powers.unsqueeze(1)) @ vectors.mT
     return power
-
-
-def _mixing(size: int) -> Tensor:
-    """An orthogonal matrix [n, n] that spreads decreasing variances evenly: rows are dealt to
-    blocks back and forth, as cards are, and each block is mixed by a Hadamard matrix, its size the
-    largest power of two in n."""
-    block = size & -size
-    hadamard = torch.ones(1, 1, dtype=torch.float64)
-    while len(hadamard) < block:
-        hadamard = torch.cat(
-            [torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]
-        )
-    num_blocks = size // block
-    dealt = torch.arange(size).view(block, num_blocks)
-    dealt[1::2] = dealt[1::2].flip(1)
-    matrix = torch.zeros(size, size, dtype=torch.float64)
-    for b in range(num_blocks):
-        matrix[dealt[:, b], b * block : (b + 1) * block] = hadamard / block**0.5
-    return matrix

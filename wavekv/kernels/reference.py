@@ -30,8 +30,19 @@ def score(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     # [B, Hkv, G, D]
-    q = _by_group(query, mean.shape[1]) * scale
-    x = q @ mean.float().mT
+    q = by_group(query, mean.shape[1]) * scale
+    return by_moments(q @ mean.float().mT, q.square().sum(-1), variance, counts, softcap)
+
+
+def by_moments(
+    x: Tensor,
+    query_square: Tensor,
+    variance: Tensor | None,
+    counts: Tensor,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Log mass and shift [B, Hq, N] from logits x [B, Hkv, G, N] of mean keys; query_square [B,
+    Hkv, G] of the scaled queries, variance and counts [B, Hkv, N]."""
     # the derivative of the cap
     bend = torch.ones_like(x)
     if softcap is not None:
@@ -42,7 +53,7 @@ def score(
     log_count = counts.clamp(min=1).float().log().unsqueeze(2)
     log_mass, shift = log_count + x, torch.zeros_like(x)
     if variance is not None:
-        uncapped = q.square().sum(-1, keepdim=True) * variance.unsqueeze(2)
+        uncapped = query_square.unsqueeze(-1) * variance.unsqueeze(2)
         spread = uncapped * bend.square()
         is_frozen = spread > 2 * log_count
         frozen = (2 * log_count * spread).sqrt() - log_count
@@ -82,8 +93,8 @@ def refine(
     residual = halves.movedim(5, 3).flatten(4)[..., : code_query.shape[-1]]
     step = of_candidates(page_scale).unsqueeze(-1) * of_candidates(code_scale) / 255
     residual = residual * step.unsqueeze(-1)
-    q = _by_group(query, Hkv) * scale
-    rounded = rounded_to_int8(_by_group(code_query, Hkv) * scale)
+    q = by_group(query, Hkv) * scale
+    rounded = rounded_to_int8(by_group(code_query, Hkv) * scale)
     # how far each key's logit lies from that of its page's mean
     offset = torch.einsum("bhgd,bhcpd->bhgcp", rounded, residual)
     count = of_candidates(counts)
@@ -100,7 +111,7 @@ def refine(
     slots = candidates.masked_fill(candidates < 0, pages).unsqueeze(2).expand_as(refined[0])
 
     def replaced(x: Tensor, by: Tensor) -> Tensor:
-        target = torch.cat([_by_group(x, Hkv), by.new_empty(*by.shape[:3], 1)], -1)
+        target = torch.cat([by_group(x, Hkv), by.new_empty(*by.shape[:3], 1)], -1)
         return target.scatter(3, slots, by)[..., :pages].flatten(1, 2)
 
     return replaced(log_mass, refined[0]), replaced(shift, refined[1])
@@ -116,7 +127,7 @@ def select(
 ) -> Tensor:
     pages = log_mass.shape[-1]
     # [B, Hkv, G, N]
-    grouped = _by_group(log_mass, num_kv_heads)
+    grouped = by_group(log_mass, num_kv_heads)
     # A head whose pages are all empty has no softmax, and ranks nothing.
     rank = grouped.softmax(dim=-1).nan_to_num(nan=0.0).sum(dim=2)
     rank = rank.masked_fill((grouped == -torch.inf).all(dim=2), -1.0)
@@ -174,7 +185,7 @@ def attend_dense(
 def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
     B, Hkv, S, _, D, _ = scatter.shape
     # [B, Hkv, D, G]
-    q = _by_group(query, Hkv).mT * scale
+    q = by_group(query, Hkv).mT * scale
     # one product for all spans, which reads a view of a larger buffer in place; [B, Hkv, S, D, G]
     key_part, value_part = (scatter.flatten(2, 4) @ q).unflatten(2, (S, 2, D)).unbind(3)
     spread = (key_part * q.unsqueeze(2)).sum(3)
@@ -200,9 +211,9 @@ def estimate(
     taken = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=log_mass.device)
     taken.scatter_(2, selected.masked_fill(selected < 0, pages), True)
     # [B, Hkv, G, N]
-    logits = _by_group(log_mass, kv_heads)
+    logits = by_group(log_mass, kv_heads)
     logits = logits.masked_fill(taken[..., :pages].unsqueeze(2), -torch.inf)
-    weights, lse = _softmax(logits)
+    weights, lse = softmax_weights(logits)
     out = _weigh(weights, value_mean.float())
     if shift is not None and slope is not None:
         spans = slope.shape[2]
@@ -239,7 +250,7 @@ def merge_state(
     return out_a.float() * weights[..., :1] + out_b.float() * weights[..., 1:], lse
 
 
-def _by_group(tensor: Tensor, kv_heads: int) -> Tensor:
+def by_group(tensor: Tensor, kv_heads: int) -> Tensor:
     """[B, Hq, X] -> float32 [B, Hkv, G, X]."""
     batch, heads, last = tensor.shape
     return tensor.float().reshape(batch, kv_heads, heads // kv_heads, last)
@@ -250,10 +261,10 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """The state over keys, values [B, Hkv, S, D] where live [B, Hkv, S]; the rest may be NaN."""
     # [B, Hkv, G, S]
-    logits = _by_group(query, keys.shape[1]) @ keys.mT * scale
+    logits = by_group(query, keys.shape[1]) @ keys.mT * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    weights, lse = _softmax(logits.masked_fill(~live.unsqueeze(2), -torch.inf))
+    weights, lse = softmax_weights(logits.masked_fill(~live.unsqueeze(2), -torch.inf))
     return _weigh(weights, values), lse
 
 
@@ -264,7 +275,7 @@ def rounded_to_int8(query: Tensor) -> Tensor:
     return (query / safe * 127).round() * (largest / 127)
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [B, Hkv, G, S] of logits, zero where all are -inf, and their lse [B, Hq]."""
     lse = logits.logsumexp(dim=-1)
     weights = logits.softmax(dim=-1).masked_fill((lse == -torch.inf).unsqueeze(-1), 0.0)

@@ -1,8 +1,9 @@
 """The tensors of a decode step on a device: fixed shapes at fixed addresses, so that one CUDA graph
 can hold the step while the context grows. What changes from step to step is read on the device.
 
-Letters as in `wavekv.kernels.reference`; besides N pages of capacity, S slots of the page pool and
-M pages that a step may choose, for each KV head; A sink tokens, and L local tokens in a ring.
+Letters as in `wavekv.kernels.reference`; besides N pages of capacity, K pages in a block (N is a
+multiple of it), S slots of the page pool and M pages that a step may choose, for each KV head; A
+sink tokens, and L local tokens in a ring; W is D rounded up to a multiple of 32.
 """
 
 from __future__ import annotations
@@ -14,14 +15,25 @@ import torch
 from torch import Tensor
 
 from wavekv.kernels.page_codec import PageCodec
+from wavekv.kernels.page_index import PageIndex
+from wavekv.kernels.planes import num_words
 
 END, CLOCK, PAGES, START = range(4)
 """Places in `counters`: the position of the new token and the number of the step, which every step
-advances; the pages in use and the position of the oldest local token, which growth changes."""
+advances; the pages in use (whole blocks) and the position of the oldest local token, which growth
+changes."""
 
-LEAST, MOST, CANDIDATES, WIDE = range(4)
+LEAST, MOST, CANDIDATES, FINALISTS, WIDE = range(5)
 """Places in `limits`: the least and most pages that a KV head chooses, how many are ranked again by
-codes (0: none), and how many are chosen for a prefetch (at least the most)."""
+the high plane of their codes (0: none) and by both planes, and how many are chosen for a prefetch
+(at least the most)."""
+
+FIRST, SECOND, FINAL = range(3)
+"""Stages of ranking: for candidates, for finalists, and for the choice."""
+
+ESTIMATED, REFINED, ATTENDED = range(3)
+"""The status of a page in a step: estimated with the mean value of its block, estimated with its
+own, attended to exactly."""
 
 NUM_BINS = 2048
 BIN_SHIFT = 17
@@ -66,6 +78,9 @@ class StepShape:
     ring: int
     """Slots of local tokens; a token at position p is in slot p % ring."""
     span_pages: int
+    """Pages of a span: whole blocks."""
+    block_pages: int
+    """K"""
     scale: float
     softcap: float | None = None
     top_p: float | None = None
@@ -82,8 +97,8 @@ class StepShape:
 
     @property
     def estimate_block(self) -> int:
-        """Pages whose estimate is one part: inside one span. Few parts are fewer states to merge,
-        many keep a GPU busy."""
+        """Pages whose estimate is one part: inside one span, and whole blocks. Few parts are fewer
+        states to merge, many keep a GPU busy."""
         return min(512 if self.capacity >= MANY_PAGES else 256, self.span_pages & -self.span_pages)
 
     @property
@@ -112,24 +127,8 @@ class StepPages(NamedTuple):
     """What the device holds of all pages of a layer; the first `counters[PAGES]` of N are in
     use."""
 
-    counts: Tensor
-    """[B, Hkv, N] int32"""
-    mean: Tensor
-    """[B, Hkv, N, D] int8 (`wavekv.kernels.means`)"""
-    mean_scale: Tensor
-    """[B, Hkv, N] float32, of an empty page anything."""
-    variance: Tensor
-    """[B, Hkv, N] float32"""
-    value_mean: Tensor
-    """[B, Hkv, N, D / 2 rounded up] uint8, four bits a dimension."""
-    value_scale: Tensor
-    """[B, Hkv, N] float32, finite also where a page is empty."""
-    codes: Tensor
-    """[B, Hkv, N, W / 8, P, 4] uint8"""
-    code_scale: Tensor
-    """[B, Hkv, N, P] uint8"""
-    page_scale: Tensor
-    """[B, Hkv, N] float32"""
+    summary: PageIndex
+    """Of [B, Hkv] rows. What belongs to an empty page may be anything, its count excepted."""
     scatter: Tensor
     """[B, Hkv, spans, 2, D, D] float32"""
     arena_ids: Tensor
@@ -173,27 +172,33 @@ class StepArena(NamedTuple):
 class StepScratch(NamedTuple):
     """Working memory, shared by all layers; nothing in it outlives a layer's step."""
 
-    mean_logits: Tensor
-    """[B, Hq, N] float32 logit of each page's mean key, before a soft cap."""
     query_words: Tensor
-    """[B, Hq, 2, W / 8] int32: the query as int8, four to a word, in halves as codes are."""
+    """[B, Hq, W / 4] int32: the scaled and mixed query as int8, four dimensions to a word in their
+    order, zeros behind."""
     query_step: Tensor
-    """[B, Hq, 2] float32: the logit that one step of it is worth, and the sum of its steps."""
+    """[B, Hq, 2] float32: the logit that one step of it is worth, and the sum of its int8."""
+    query_square: Tensor
+    """[B, Hq] float32: |q|^2 of the scaled query."""
+    block_logits: Tensor
+    """[B, Hq, N / K] float32 logit of the mean key of each block, before a soft cap."""
     log_mass: Tensor
     """[B, Hq, N] float32"""
     shift: Tensor
-    """[B, Hq, N] float32"""
+    """[B, Hq, N] float32, of refined pages; under a soft cap of all. Without a cap the shift of
+    other pages follows from `query_square`, their variance and their count."""
+    status: Tensor
+    """[B, Hkv, N] uint8: `ESTIMATED`, `REFINED` or `ATTENDED`."""
     block_max: Tensor
     """[B, Hq, blocks] float32, with the next the softmax statistics of groups of pages."""
     block_sum: Tensor
     rank: Tensor
     """[B, Hkv, N] int32: the bits of the float32 rank; -1 for empty pages."""
     histogram: Tensor
-    """[2, B, Hkv, NUM_BINS] int32, of the ranks for candidates and of the final ones."""
+    """[3, B, Hkv, NUM_BINS] int32, of the ranks of each stage."""
     arrived: Tensor
-    """[2, B, Hkv] int32 blocks that have added to the histogram."""
+    """[3, B, Hkv] int32 blocks that have added to the histogram."""
     threshold: Tensor
-    """[2, B, Hkv] int32 the least rank of a bin that is wanted."""
+    """[3, B, Hkv] int32 the least rank of a bin that is wanted in each stage."""
     block_count: Tensor
     """[B, Hkv, N / COUNT_BLOCK] int32 ranks of each block that reach a threshold."""
     listed: Tensor
@@ -207,8 +212,6 @@ class StepScratch(NamedTuple):
     """[B, Hkv, M] int32 their slots; -1 for pages left to the estimate."""
     tokens: Tensor
     """[B, Hkv, M] int32 tokens in them."""
-    attended: Tensor
-    """[B, Hkv, N] uint8 pages that are attended to exactly."""
     victims: Tensor
     """[B, Hkv, misses] int32 slots to fill."""
     wanted: Tensor
@@ -252,24 +255,25 @@ def empty_scratch(shape: StepShape, dtype: torch.dtype, device: torch.device) ->
         return new(*size, dtype=torch.int32)
 
     return StepScratch(
-        mean_logits=new(B, Hq, N),
-        query_words=ints(B, Hq, 2, -(-D // 8)),
+        query_words=ints(B, Hq, 8 * num_words(D, 1)),
         query_step=new(B, Hq, 2),
+        query_square=new(B, Hq),
+        block_logits=new(B, Hq, -(-N // shape.block_pages)),
         log_mass=new(B, Hq, N),
         shift=new(B, Hq, N),
+        status=new(B, H, N, dtype=torch.uint8),
         block_max=new(B, Hq, stats),
         block_sum=new(B, Hq, stats),
         rank=ints(B, H, N),
-        histogram=ints(2, B, H, NUM_BINS),
-        arrived=ints(2, B, H),
-        threshold=ints(2, B, H),
+        histogram=ints(3, B, H, NUM_BINS),
+        arrived=ints(3, B, H),
+        threshold=ints(3, B, H),
         block_count=ints(B, H, -(-N // COUNT_BLOCK)),
         listed=ints(B, H, N),
         listed_rank=ints(B, H, N),
         chosen=ints(B, H, shape.most),
         slots=ints(B, H, shape.most),
         tokens=ints(B, H, shape.most),
-        attended=new(B, H, N, dtype=torch.uint8),
         victims=ints(B, H, shape.misses),
         wanted=new(B, H, shape.misses, dtype=torch.int64),
         num_misses=ints(B, H),

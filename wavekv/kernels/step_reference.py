@@ -7,23 +7,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wavekv.kernels import reference
-from wavekv.kernels.means import unpack_rows
 from wavekv.kernels.page_codec import decode_pages
+from wavekv.kernels.reference_levels import (
+    block_logits,
+    mix_query,
+    refine_levels,
+)
 from wavekv.kernels.step import (
     AGES,
-    ATTEND_TOKENS,
+    ATTENDED,
     BIN_SHIFT,
     CANDIDATES,
     CLOCK,
     END,
+    ESTIMATED,
+    FINAL,
+    FINALISTS,
+    FIRST,
     LEAST,
     MOST,
     NUM_BINS,
     PAGES,
+    REFINED,
     SAMPLE,
     SAMPLED_PAGES,
-    START,
+    SECOND,
     WIDE,
     StepArena,
     StepPages,
@@ -34,6 +42,28 @@ from wavekv.kernels.step import (
     StepTotals,
     bin_base,
 )
+from wavekv.kernels.step_reference_shift import (
+    by_moments,
+    logits_of_means,
+    mixed_query,
+    shift_of_pages,
+)
+from wavekv.kernels.step_reference_states import attend, estimate, merge, value_slope
+
+__all__ = [
+    "attend",
+    "estimate",
+    "fetch",
+    "merge",
+    "pick",
+    "rank_pages",
+    "refine",
+    "resolve",
+    "score",
+    "select",
+    "store",
+    "value_slope",
+]
 
 _NEVER = 0x7FFFFFFF
 
@@ -49,34 +79,53 @@ def score(
     scratch: StepScratch,
     shape: StepShape,
 ) -> None:
+    """Log mass of all pages by moments; put the new token (if there is one) into the ring.
+
+    query: [B, Hq, D]; new_keys, new_values: [B, Hkv, D]; new_valid: [B] bool.
+    Reads the counts, variances and mean keys of pages, and the mean keys of blocks.
+    Writes `query_words`, `query_step`, `query_square`; for pages in use `block_logits`, `log_mass`,
+    under a soft cap `shift`, and `status`: estimated. A kernel also leaves the softmax statistics
+    of log mass + shift of groups of `SCORE_BLOCK` pages, and clears histograms and arrivals.
+    """
     n = int(counters[PAGES])
     if new_keys is not None and new_values is not None and new_valid is not None:
         slot = shape.sinks + int(counters[END]) % shape.ring
         steady.keys[:, :, slot] = new_keys
         steady.values[:, :, slot] = new_values
         steady.valid[:, slot] = new_valid
-    scratch.log_mass[..., :n], scratch.shift[..., :n] = reference.score(
-        query,
-        _mean_keys(pages, n),
-        pages.variance[:, :, :n] if shape.tail == "second" else None,
-        pages.counts[:, :, :n],
-        scale=shape.scale,
-        softcap=shape.softcap,
-    )
+    index = pages.summary.in_pages(0, n)
+    words, step = mix_query(query, shape.scale)
+    scratch.query_words.copy_(words.view(torch.int32))
+    scratch.query_step[..., 0], scratch.query_step[..., 1] = step, words.sum(-1)
+    scratch.query_square.copy_((query.float() * shape.scale).square().sum(-1))
+    at_blocks = block_logits(query, index, shape.scale)
+    scratch.block_logits[..., : at_blocks.shape[-1]] = at_blocks
+    log_mass, shift = by_moments(index, scratch, shape)
+    scratch.log_mass[..., :n] = log_mass
+    if shape.softcap is not None:
+        scratch.shift[..., :n] = shift
+    scratch.status[..., :n] = ESTIMATED
 
 
 def rank_pages(
+    pages: StepPages,
     counters: Tensor,
     limits: Tensor,
     scratch: StepScratch,
     shape: StepShape,
     *,
-    is_final: bool,
+    stage: int,
 ) -> None:
+    """The rank of each page, and the least rank of the bin that holds the last one wanted.
+
+    Reads `log_mass`; in the `FIRST` stage also the shift, by moments (see `StepScratch.shift`).
+    Writes `rank` and `threshold[stage]`; in the first two stages the latter is above all ranks if
+    `limits[CANDIDATES]` is 0 or all pages are chosen: none is ranked again then.
+    """
     n = int(counters[PAGES])
     mass = scratch.log_mass[..., :n]
-    if not is_final:
-        mass = mass + scratch.shift[..., :n]
+    if stage == FIRST:
+        mass = mass + shift_of_pages(pages.summary.in_pages(0, n), scratch, shape)
     grouped = mass.unflatten(1, (shape.kv_heads, shape.group))
     share = grouped.softmax(-1).nan_to_num(nan=0.0).sum(2)
     is_alive = (grouped > -torch.inf).any(2)
@@ -85,47 +134,50 @@ def rank_pages(
     base = bin_base(shape.group)
     bins = ((bits >> BIN_SHIFT) - base).clamp(0, NUM_BINS - 1).long()
     histogram = torch.zeros(*bits.shape[:2], NUM_BINS, dtype=torch.int32, device=bits.device)
-    every = SAMPLE if n >= SAMPLED_PAGES and not is_final else 1
+    every = SAMPLE if n >= SAMPLED_PAGES and stage == FIRST else 1
     is_counted = is_alive & (torch.arange(n, device=bits.device) % every == 0)
     histogram.scatter_add_(2, bins, is_counted.int())
     above = histogram.flip(2).cumsum(2).flip(2)
-    wanted = (limits[WIDE if is_final else CANDIDATES] // every).clamp(min=1)
+    wanted = (limits[(CANDIDATES, FINALISTS, WIDE)[stage]] // every).clamp(min=1)
     last = torch.where(above >= wanted, torch.arange(NUM_BINS, device=bits.device), 0).amax(2)
     least = torch.where(last == 0, 0, (last + base) << BIN_SHIFT).int()
-    if not is_final and (int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n):
+    if stage != FINAL and (int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n):
         least.fill_(_NEVER)
-    scratch.threshold[int(is_final)] = least
+    scratch.threshold[stage] = least
 
 
 def refine(
-    query: Tensor,
-    pages: StepPages,
-    counters: Tensor,
-    scratch: StepScratch,
-    shape: StepShape,
+    pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape, *, stage: int
 ) -> None:
+    """Log mass and shift of the pages whose rank reaches `threshold[stage]`, by the high plane of
+    the codes of their keys in the `FIRST` stage, by both planes in the `SECOND`.
+
+    Reads `rank`, `threshold[stage]`, `query_words`, `query_step`, `block_logits`; of these pages
+    the count, the mean key, the codes and steps of the keys.
+    Writes `log_mass`, `shift` and `status` of these pages: refined. A kernel also leaves the
+    softmax statistics of all log masses, of groups of `COUNT_BLOCK` pages.
+    """
     n = int(counters[PAGES])
-    is_candidate = scratch.rank[..., :n] >= scratch.threshold[0].unsqueeze(-1)
-    candidates = torch.where(is_candidate, torch.arange(n, device=query.device), -1)
-    scratch.log_mass[..., :n], scratch.shift[..., :n] = reference.refine(
-        query,
-        query,
+    index = pages.summary.in_pages(0, n)
+    is_candidate = scratch.rank[..., :n] >= scratch.threshold[stage].unsqueeze(-1)
+    numbers = torch.arange(n, device=is_candidate.device)
+    scratch.log_mass[..., :n], scratch.shift[..., :n] = refine_levels(
+        mixed_query(scratch),
+        logits_of_means(index, scratch, shape),
+        index,
         scratch.log_mass[..., :n],
         scratch.shift[..., :n],
-        _mean_keys(pages, n),
-        pages.codes[:, :, :n],
-        pages.code_scale[:, :, :n],
-        pages.page_scale[:, :, :n],
-        pages.counts[:, :, :n],
-        candidates,
-        scale=shape.scale,
+        torch.where(is_candidate, numbers, -1),
+        use_low=stage == SECOND,
         softcap=shape.softcap,
     )
+    scratch.status[..., :n].masked_fill_(is_candidate, REFINED)
 
 
 def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepShape) -> None:
-    n = int(counters[PAGES])
-    scratch.attended[..., :n] = 0
+    """The chosen pages, ascending: the best by `rank`, as `limits` and `shape.top_p` say.
+
+    Reads `rank` and `threshold[FINAL]`; writes `chosen`."""
     pick(counters, limits, scratch, scratch.chosen, shape)
 
 
@@ -204,9 +256,9 @@ def _resolve_head(
         totalled[4] += taken
         return
     here = torch.where(chosen >= 0, table[chosen.clamp(min=0).long()], -1)
-    counts = torch.where(here >= 0, pages.counts[b, h, chosen.clamp(min=0).long()], 0)
+    counts = torch.where(here >= 0, pages.summary.counts[b, h, chosen.clamp(min=0).long()].int(), 0)
     scratch.slots[b, h], scratch.tokens[b, h] = here, counts
-    scratch.attended[b, h, chosen[here >= 0].long()] = 1
+    scratch.status[b, h, chosen[here >= 0].long()] = ATTENDED
     totalled[0] += len(hits)
     totalled[1] += taken
     totalled[2] += len(missing) - taken
@@ -228,109 +280,3 @@ def store(pages: Tensor, arena_ids: Tensor, arena: StepArena) -> None:
     for page, arena_id in zip(pages, arena_ids.tolist(), strict=True):
         chunk, slot = divmod(arena_id, arena.pages_per_chunk)
         arena.memory[chunk][slot] = page
-
-
-def attend(
-    query: Tensor,
-    steady: StepSteady,
-    pool: StepPool,
-    counters: Tensor,
-    scratch: StepScratch,
-    shape: StepShape,
-    *,
-    pages: bool,
-) -> None:
-    page_parts = shape.page_parts
-    if pages:
-        for part in range(page_parts):
-            j = slice(part * shape.attend_pages, (part + 1) * shape.attend_pages)
-            slots, tokens = scratch.slots[:, :, j].long(), scratch.tokens[:, :, j]
-            index = slots.clamp(min=0)[..., None, None, None]
-            held = pool.pages.gather(2, index.expand(*slots.shape, *pool.pages.shape[3:]))
-            position = torch.arange(shape.page_size, device=query.device)
-            live = (position < tokens.unsqueeze(-1)) & (slots >= 0).unsqueeze(-1)
-            keys, values = held[:, :, :, 0].flatten(2, 3), held[:, :, :, 1].flatten(2, 3)
-            _put_state(query, keys, values, live.flatten(2), part, scratch, shape)
-        return
-    start, end = int(counters[START]), int(counters[END])
-    slot = torch.arange(shape.sinks + shape.ring, device=query.device)
-    position = start + (slot - shape.sinks - start) % shape.ring
-    live = ((slot < shape.sinks) | (position <= end)) & steady.valid
-    for part in range(page_parts, shape.attend_parts):
-        first = (part - page_parts) * ATTEND_TOKENS
-        t = slice(first, first + ATTEND_TOKENS)
-        here = live[:, None, t].expand(-1, shape.kv_heads, -1)
-        _put_state(query, steady.keys[:, :, t], steady.values[:, :, t], here, part, scratch, shape)
-
-
-def value_slope(
-    query: Tensor, pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape
-) -> None:
-    spans = -(-int(counters[PAGES]) // shape.span_pages)
-    scatter = pages.scatter[:, :, :spans]
-    scratch.slope[:, :, :spans] = reference.value_slope(query, scatter, scale=shape.scale)
-    scratch.slope_spread[:, :, :spans] = 1 / scratch.slope_spread.shape[3]
-
-
-def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape) -> None:
-    n, block = int(counters[PAGES]), shape.estimate_block
-    width = scratch.part_out.shape[3]
-    means = unpack_rows(
-        pages.value_mean[:, :, :n], pages.value_scale[:, :, :n], width, torch.float32
-    )
-    for part in range(-(-n // block)):
-        c = slice(part * block, min(n, (part + 1) * block))
-        is_read = scratch.attended[:, :, c] != 0
-        position = torch.arange(is_read.shape[2], device=is_read.device)
-        use_slope = shape.tail == "second"
-        span = part * block // shape.span_pages
-        out, lse = reference.estimate(
-            scratch.log_mass[:, :, c],
-            means[:, :, c],
-            torch.where(is_read, position, -1),
-            scratch.shift[:, :, c] if use_slope else None,
-            scratch.slope[:, :, span : span + 1] if use_slope else None,
-            span_pages=block,
-        )
-        scratch.part_out[:, :, shape.attend_parts + part] = out
-        scratch.part_lse[:, :, shape.attend_parts + part] = lse
-
-
-def merge(
-    counters: Tensor,
-    scratch: StepScratch,
-    totals: StepTotals,
-    sinks: Tensor | None,
-    shape: StepShape,
-) -> None:
-    parts = shape.attend_parts + -(-int(counters[PAGES]) // shape.estimate_block)
-    lse, out = scratch.part_lse[:, :, :parts], scratch.part_out[:, :, :parts]
-    everything, tail = lse.logsumexp(-1), lse[..., shape.attend_parts :].logsumexp(-1)
-    totals.tail_mass.add_(torch.exp(tail - everything).nan_to_num(nan=0.0))
-    if shape.tail == "none":
-        lse, out = lse[..., : shape.attend_parts], out[..., : shape.attend_parts, :]
-    if sinks is not None:
-        lse = torch.cat([lse, sinks.float().reshape(1, -1, 1).expand(*lse.shape[:2], 1)], -1)
-        out = torch.nn.functional.pad(out, (0, 0, 0, 1))
-    weights = lse.softmax(-1).nan_to_num(nan=0.0)
-    scratch.out.copy_((weights.unsqueeze(2) @ out).squeeze(2))
-
-
-def _mean_keys(pages: StepPages, n: int) -> Tensor:
-    """Of the first n pages, [B, Hkv, n, D] float32."""
-    codes, scale = pages.mean[:, :, :n], pages.mean_scale[:, :, :n]
-    return unpack_rows(codes, scale, codes.shape[3], torch.float32)
-
-
-def _put_state(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    live: Tensor,
-    part: int,
-    scratch: StepScratch,
-    shape: StepShape,
-) -> None:
-    keys, values = keys.float(), values.float()
-    out, lse = reference._attend(query, keys, values, live, shape.scale, shape.softcap)
-    scratch.part_out[:, :, part], scratch.part_lse[:, :, part] = out, lse

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from wavekv.index.levels import BLOCK_PAGES
 from wavekv.kernels.block import attend_block
 from wavekv.machine.clock import best_device_seconds, best_seconds
 from wavekv.offload.builder import form_pages
@@ -39,7 +40,7 @@ def page_build(device: torch.device) -> float:
     """Tokens of a KV head of 128 dimensions a second that become pages, in segments of 8192."""
     heads = 8 if device.type == "cuda" else 1
     keys, values = torch.randn(2, heads, 8192, 128, device=device, dtype=_dtype(device))
-    seconds = _best(lambda: form_pages(keys, values, None, 8), device, repeats=2)
+    seconds = _best(lambda: form_pages(keys, values, None, 8, BLOCK_PAGES), device, repeats=2)
     return heads * 8192 / seconds
 
 

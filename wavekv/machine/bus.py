@@ -65,6 +65,7 @@ def random_fetch(host: Tensor, device: torch.device) -> tuple[Callable[[], None]
         sinks=0,
         ring=1,
         span_pages=1024,
+        block_pages=16,
         scale=1.0,
     )
     pool = empty_pool(shape, torch.bfloat16, device)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
-from wavekv.index.retrieval import Logits, choose_pages, estimate_others
+from wavekv.index.levels import choose_of_levels, estimate_of_levels
+from wavekv.index.retrieval import Logits
 from wavekv.kernels import attend_dense, attend_pages, merge_state
 from wavekv.kernels.block import attend_into
 from wavekv.offload.budget import page_limits
@@ -47,21 +48,20 @@ def attend_step(
         return merge_state(*state, *_attend_all_pages(query, paged, logits, counters, buffers))
     least, most = page_limits(config, steady.end)
     pages, use_second = paged.summary, config.tail_estimate == "second"
-    choice = choose_pages(
-        query,
+    choice = choose_of_levels(
         query,
         pages,
         logits,
         least=least,
         most=most,
         top_p=config.top_p,
-        num_candidates=most * config.refine,
+        refine=config.refine,
         use_variance=use_second,
     )
     counters.last_choice = StepChoice(choice.log_mass, choice.pages)
     retrieved, num_retrieved = _attend_chosen(query, paged, choice.pages, logits, counters)
     state = merge_state(*state, *retrieved)
-    tail = estimate_others(query, choice, pages, scale, use_slope=use_second)
+    tail = estimate_of_levels(query, choice, pages, scale, use_slope=use_second)
     total = merge_state(*state, *tail)
     counters.record_step(num_retrieved, steady.end, tail[1], total[1])
     return state if config.tail_estimate == "none" else total

@@ -15,15 +15,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from wavekv.index import (
-    KeyCodes,
-    PageStatistics,
-    balanced_pages,
-    encode_keys,
-    page_statistics,
-)
+from wavekv.index import balanced_pages
+from wavekv.index.levels import index_of_pages
 from wavekv.index.scatter import scatter_by_span
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS, round_rows
+from wavekv.kernels.page_index import PageIndex
 from wavekv.kvstore import HostArena
 from wavekv.offload.paged import SegmentPages
 from wavekv.offload.resident import ResidentPages
@@ -105,8 +100,8 @@ class FormedPages(NamedTuple):
     """[R, n, P, D]"""
     values: Tensor
     """[R, n, P, D]"""
-    statistics: PageStatistics
-    codes: KeyCodes
+    summary: PageIndex
+    """Of R rows and n pages."""
 
     @property
     def pages(self) -> Tensor:
@@ -121,10 +116,13 @@ class FormedPages(NamedTuple):
         return torch.where(held, self.order, -1).to(torch.int32)
 
 
-def form_pages(keys: Tensor, values: Tensor, valid: Tensor | None, page_size: int) -> FormedPages:
+def form_pages(
+    keys: Tensor, values: Tensor, valid: Tensor | None, page_size: int, block_pages: int
+) -> FormedPages:
     """Cluster the tokens of each row into pages. Nothing waits for the device.
 
-    keys, values: [R, S, D]; valid: [R, S] bool, or None for all. Cost: O(S log(S / P) D) a row (see
+    keys, values: [R, S, D], S whole blocks of `block_pages` pages; valid: [R, S] bool, or None for
+    all. Cost: O(S log(S / P) D) a row (see
     `balanced_pages`).
     """
     R, S, D = keys.shape
@@ -135,19 +133,9 @@ def form_pages(keys: Tensor, values: Tensor, valid: Tensor | None, page_size: in
         x.gather(1, rows).reshape(R, n, page_size, D) for x in (keys, values)
     )
     counts = _page_counts(valid, R, n, page_size, keys.device)
-    statistics = rounded_statistics(paged_keys, paged_values, counts)
-    codes = encode_keys(paged_keys, statistics.mean, counts)
+    summary = index_of_pages(paged_keys, paged_values, counts, block_pages)
     order = order.reshape(R, n, page_size)
-    return FormedPages(order, counts, paged_keys, paged_values, statistics, codes)
-
-
-def rounded_statistics(keys: Tensor, values: Tensor, counts: Tensor) -> PageStatistics:
-    """Statistics of pages [R, n, P, D] whose means, in the dtype of the keys, can be packed."""
-    exact = page_statistics(keys, values, counts, dtype=keys.dtype)
-    return exact._replace(
-        mean=round_rows(exact.mean, KEY_BITS),
-        value_mean=round_rows(exact.value_mean, VALUE_BITS),
-    )
+    return FormedPages(order, counts, paged_keys, paged_values, summary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +161,16 @@ class SegmentBatch:
 def build_segments(
     batch: SegmentBatch,
     arena: HostArena,
-    *,
     span_pages: int,
+    block_pages: int,
+    *,
     resident: ResidentPages | None = None,
 ) -> list[SegmentPages]:
     """Cluster the tokens of a batch into pages and write them to the arena.
 
-    span_pages: of the zone that they are for. resident: takes the pages that are full in every
-    sequence, as far as there is room. Cost: O(S log(S / P) D + S D^2) a head and segment (see
-    `balanced_pages`).
+    span_pages, block_pages: of the zone that they are for. resident: takes the pages that are full
+    in every sequence, as far as there is room. Cost: O(S log(S / P) D + S D^2) a head and segment
+    (see `balanced_pages`).
     """
     keys, values, valid = batch.keys, batch.values, batch.valid
     start, length, page_ids = batch.start, batch.length, batch.page_ids
@@ -189,7 +178,7 @@ def build_segments(
     count, num_pages = len(page_ids), length // arena.layout.page_size
     valid_rows = None if valid is None else _rows(valid[:, None].expand(-1, H, -1), count)
     formed = form_pages(
-        _rows(keys, count), _rows(values, count), valid_rows, arena.layout.page_size
+        _rows(keys, count), _rows(values, count), valid_rows, arena.layout.page_size, block_pages
     )
     stored = arena.layout.encode(formed.pages, formed.counts.flatten())
     arena.put(torch.cat(page_ids), stored)
@@ -211,7 +200,7 @@ def build_segments(
         # later chunks attend to what the pages say, wherever they find it
         kept = of_segments(arena.layout.decode(stored).unflatten(0, formed.counts.shape))
         kept_keys, kept_values = kept.unbind(4)
-    statistics, codes = formed.statistics, formed.codes
+    parts = [of_segments(part) for part in formed.summary]
     segments = []
     for k in range(count):
         num_resident = 0
@@ -230,14 +219,8 @@ def build_segments(
             length=length,
             page_ids=page_ids[k].reshape(B, H, -1),
             counts=counts[k],
-            device_counts=device_counts[k],
             token_ids=token_ids[k],
-            mean=of_segments(statistics.mean)[k],
-            variance=of_segments(statistics.variance)[k],
-            value_mean=of_segments(statistics.value_mean)[k],
-            codes=of_segments(codes.codes)[k],
-            code_scale=of_segments(codes.scale)[k],
-            page_scale=of_segments(codes.page_scale)[k],
+            index=PageIndex._make(part[k] for part in parts),
             scatter=scatter.unflatten(0, (B, H)),
             num_resident=num_resident,
         )

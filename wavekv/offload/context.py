@@ -17,11 +17,11 @@ from torch import Tensor
 
 from wavekv.errors import LayoutError
 from wavekv.index.retrieval import Logits
-from wavekv.index.scatter import pages_of_span
 from wavekv.index.segments import cut_segments
 from wavekv.offload.attention import State, add_attention_sink, attend_chunk, attend_step
 from wavekv.offload.builder import BATCH_BYTES, SegmentBatch, build_segments
 from wavekv.offload.counters import Counters
+from wavekv.offload.index_sizes import index_sizes
 from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.paged import PagedZone, SegmentPages
 from wavekv.offload.resident import ResidentPages
@@ -59,8 +59,8 @@ class LayerContext:
         """
         if keys.shape[-1] % 2:
             raise LayoutError(
-                f"keys must have an even head dimension, got {keys.shape[-1]}; their four-bit "
-                "codes are stored in pairs"
+                f"keys must have an even head dimension, got {keys.shape[-1]}; mean values "
+                "are stored two dimensions to a byte"
             )
         if keys.shape != values.shape:
             raise LayoutError(
@@ -74,10 +74,8 @@ class LayerContext:
             empty = torch.empty(B, H, 0, D, dtype=keys.dtype, device=keys.device)
             self.steady = SteadyZone(empty, empty.clone())
             arena = runtime.arena(D, keys.dtype, keys.device)
-            span_pages = pages_of_span(runtime.config.segment, runtime.config.page_size, D)
-            self.paged = PagedZone(
-                arena, empty, span_pages=span_pages, packs_means=runtime.packs_means(keys.device)
-            )
+            span_pages, K = index_sizes(runtime.config, D)
+            self.paged = PagedZone(arena, empty, span_pages=span_pages, block_pages=K)
         self._pending: Future[list[SegmentPages]] | None = None
         self._num_pending = 0
         self._plan: PrefillPlan | None = None
@@ -161,13 +159,10 @@ class LayerContext:
         if not batches:
             return
         arena, resident = self.paged.arena, self.paged.resident
-        span_pages = self.paged.scatter.span_pages
+        sizes = self.paged.scatter.span_pages, self.paged.index.block_pages
 
         def build() -> list[SegmentPages]:
-            parts = (
-                build_segments(batch, arena, span_pages=span_pages, resident=resident)
-                for batch in batches
-            )
+            parts = (build_segments(batch, arena, *sizes, resident=resident) for batch in batches)
             return list(chain.from_iterable(parts))
 
         try:
@@ -245,11 +240,9 @@ class LayerContext:
             self.paged.give_up()
 
     def _make_room(self, num_pages: int) -> None:
-        """On CUDA the index grows by a fixed length, so that `device_budget` can count on it."""
+        """The index grows by a fixed length, so that `device_budget` can count on it."""
         config, paged = self.runtime.config, self.paged
-        device = paged.device_counts.buffer.device
-        capacity = paged.device_counts.buffer.shape[2]
-        if self.runtime.packs_means(device) and paged.num_pages + num_pages > capacity:
+        if paged.num_pages + num_pages > paged.index.buffer.counts.shape[2]:
             paged.reserve(num_pages + room_tokens(config) // config.page_size)
 
     @_on_plain_tensors

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wavekv.growing import GrowingTensor
 from wavekv.kernels.step import (
     StepPages,
     StepPool,
@@ -18,7 +17,6 @@ from wavekv.kernels.step import (
     empty_totals,
 )
 from wavekv.offload.context import LayerContext
-from wavekv.offload.packed import PackedRows
 from wavekv.offload.paged import PagedZone
 
 
@@ -70,8 +68,7 @@ class DeviceLayer:
             part.reserve(shape.sinks + end - start)
         for pages in grown:
             n = pages.page_ids.shape[-1]
-            for part in device_parts(paged):
-                part.claim(n)
+            paged.index.claim(n)
             paged.page_ids.append(pages.page_ids[number])
             paged.counts.append(pages.counts[number])
             paged.token_ids.append(pages.token_ids[number])
@@ -113,25 +110,9 @@ class DeviceLayer:
         counters.bytes_to_host += pages * page_bytes
 
 
-def device_parts(paged: PagedZone) -> tuple[GrowingTensor, ...]:
-    """What the device holds of every page, as `StepPages` orders it."""
-    assert isinstance(paged.mean, PackedRows)
-    assert isinstance(paged.value_mean, PackedRows)
-    return (
-        paged.device_counts,
-        *paged.mean.parts,
-        paged.variance,
-        *paged.value_mean.parts,
-        paged.codes,
-        paged.code_scale,
-        paged.page_scale,
-    )
-
-
 def fitted_pages(paged: PagedZone, shape: StepShape) -> StepPages:
     """The index of `paged` in buffers of exactly `shape.capacity` pages, in place."""
-    for part in device_parts(paged):
-        part.fit(shape.capacity)
+    paged.index.fit(shape.capacity)
     spans = paged.scatter.spans
     spans.fit(-(-shape.capacity // shape.span_pages))
     # pages to come are added to their span
@@ -140,5 +121,4 @@ def fitted_pages(paged: PagedZone, shape: StepShape) -> StepPages:
     size = *ids.shape[:2], shape.capacity
     arena_ids = torch.zeros(size, dtype=torch.int64, device=spans.buffer.device)
     arena_ids[:, :, : ids.shape[2]] = ids
-    buffers = [part.buffer for part in device_parts(paged)]
-    return StepPages._make([*buffers, spans.buffer, arena_ids])
+    return StepPages(paged.index.buffer, spans.buffer, arena_ids)

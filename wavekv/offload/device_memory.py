@@ -26,10 +26,7 @@ def free_memory(device: torch.device) -> int:
 
 def held_memory(contexts: Iterable[LayerContext]) -> int:
     """Bytes of device memory that contexts hold: index and steady zones, without room for more."""
-    return sum(
-        context.paged.statistics_nbytes + context.paged.device_counts.nbytes + context.steady.nbytes
-        for context in contexts
-    )
+    return sum(context.paged.statistics_nbytes + context.steady.nbytes for context in contexts)
 
 
 def device_budget(config: OffloadConfig, available: int) -> int:

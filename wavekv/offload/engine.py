@@ -3,8 +3,8 @@ CUDA graph can hold the steps of all layers.
 
 An engine takes the contexts of a cache over into buffers of fixed capacity, runs steps on them, and
 gives them back as if the steps had run one by one. Per layer a step is score, rank, refine, rank,
-select, resolve, fetch, attend, estimate, merge (`wavekv.kernels.cuda`). Pages missing from the pool
-are fetched on a second stream while the others are estimated.
+refine, rank, select, resolve, fetch, attend, estimate, merge (`wavekv.kernels.cuda`). Pages missing
+from the pool are fetched on a second stream while the others are estimated.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ import torch
 from torch import Tensor
 
 from wavekv.errors import CapacityError
+from wavekv.index.levels import num_finalists
 from wavekv.index.retrieval import Logits
 from wavekv.kernels.step import (
     CANDIDATES,
     CLOCK,
     END,
+    FINAL,
+    FINALISTS,
+    FIRST,
     LEAST,
     MOST,
     PAGES,
+    SECOND,
     START,
     WIDE,
     StepArena,
@@ -97,7 +102,7 @@ class DecodeEngine:
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
         self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)
-        self.limits = torch.zeros(4, dtype=torch.int32, device=self.device)
+        self.limits = torch.zeros(5, dtype=torch.int32, device=self.device)
         self._limits: tuple[int, int] | None = None
         self.reset_counters()
         self._num_growing = 0
@@ -184,9 +189,11 @@ class DecodeEngine:
         limits = page_limits(self.config, self.num_tokens + 1)
         if limits != self._limits:
             least, most = (min(limit, self.shape.most) for limit in limits)
-            values = torch.zeros(4, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+            values = torch.zeros(5, dtype=torch.int32, pin_memory=self.device.type == "cuda")
             values[LEAST], values[MOST] = least, most
-            values[CANDIDATES] = most * self.config.refine if self.config.refine > 1 else 0
+            if self.config.refine > 1:
+                values[CANDIDATES] = most * self.config.refine
+                values[FINALISTS] = most * num_finalists(self.config.refine)
             values[WIDE] = int(RUNNERS_UP * most) if self.shape.is_wide else most
             self.limits.copy_(values, non_blocking=True)
             self._limits = limits
@@ -215,7 +222,7 @@ class DecodeEngine:
         counters, pages, pool = self.counters, layer.pages, layer.pool
         self._fetches.begin_layer(number)
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
-        self._choose(q, layer, scratch, shape)
+        self._choose(layer, scratch, shape)
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         self._fetches.start(number, shape)
         # all that waits for no page, while pages are on their way
@@ -236,18 +243,17 @@ class DecodeEngine:
         q = query[:, :, 0].contiguous()
         with self._fetches.guessing(number, q) as scratch:
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
-            self._choose(q, layer, scratch, shape)
+            self._choose(layer, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
             ops.fetch(self.arena, pool, scratch, shape)
 
-    def _choose(
-        self, query: Tensor, layer: DeviceLayer, scratch: StepScratch, shape: StepShape
-    ) -> None:
+    def _choose(self, layer: DeviceLayer, scratch: StepScratch, shape: StepShape) -> None:
         """From scores to the pages in `scratch.chosen`."""
-        counters, limits, ops = self.counters, self.limits, self.ops
-        ops.rank_pages(counters, limits, scratch, shape, is_final=False)
-        ops.refine(query, layer.pages, counters, scratch, shape)
-        ops.rank_pages(counters, limits, scratch, shape, is_final=True)
+        counters, limits, ops, pages = self.counters, self.limits, self.ops, layer.pages
+        for stage in FIRST, SECOND:
+            ops.rank_pages(pages, counters, limits, scratch, shape, stage=stage)
+            ops.refine(pages, counters, scratch, shape, stage=stage)
+        ops.rank_pages(pages, counters, limits, scratch, shape, stage=FINAL)
         ops.select(counters, limits, scratch, shape)
 
     def advance(self) -> None:

@@ -9,7 +9,7 @@ from wavekv.kernels.step import StepShape
 from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
-from wavekv.offload.packed import PackedRows
+from wavekv.offload.index_sizes import index_sizes
 from wavekv.offload.room import room_tokens
 
 POOL_BUDGETS = 4
@@ -33,7 +33,6 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     kinds = {
         (
             *(context.shape, context.paged.arena, context.paged.num_pages),
-            type(context.paged.mean),
             *(context.steady.start, context.steady.end, context.steady.num_sink_slots),
             *(query.shape, query.dtype, query.device),
         )
@@ -41,10 +40,8 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
         if query is not None
     }
     if len(kinds) > 1:
-        return "layers differ in heads, tokens, dtype, device or form"
+        return "layers differ in heads, tokens, dtype or device"
     config = first.runtime.config
-    if not isinstance(first.paged.mean, PackedRows):
-        return "means are not packed"
     if first.paged.arena.layout.page_bytes % 4:
         return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
     if first.steady.num_local > config.window + 2 * config.append_segment:
@@ -65,7 +62,6 @@ def wanted_shape(contexts: Sequence[LayerContext]) -> StepShape:
         num_tokens=zone.end,
         num_pages=paged.num_pages,
         sinks=zone.num_sink_slots,
-        span_pages=paged.scatter.span_pages,
         layout=paged.arena.layout,
     )
 
@@ -78,14 +74,14 @@ def step_shape(
     num_tokens: int,
     num_pages: int,
     sinks: int,
-    span_pages: int,
     layout: KVLayout,
 ) -> StepShape:
     """The sizes of an engine for contexts of sizes (B, Hkv, D) that hold `num_tokens`, `num_pages`
     pages of each KV head among them, stored as `layout` says, with as many slots as pay (pure)."""
     (B, H, D), P = sizes, config.page_size
+    span_pages, K = index_sizes(config, D)
     room = room_tokens(config)
-    capacity = num_pages + room // P
+    capacity = num_pages + room // P // K * K
     # the ring takes tokens beyond those that have room in pages
     longest = num_tokens + room + config.window + 2 * config.append_segment
     most = min(capacity, page_limits(config, longest)[1])
@@ -102,6 +98,7 @@ def step_shape(
         sinks=sinks,
         ring=config.window + 2 * config.append_segment,
         span_pages=span_pages,
+        block_pages=K,
         scale=1.0,
         top_p=config.top_p,
         tail=config.tail_estimate,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from wavekv.index import page_scatter
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS, pack_rows
 from wavekv.kernels.page_codec import encode_pages
+from wavekv.kernels.page_index import pages_of_parts
 from wavekv.kernels.step import PAGES, START, StepArena, StepShape
 from wavekv.offload.builder import form_pages
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
@@ -136,7 +136,7 @@ class Growth:
         valid = self.layers[0].steady.valid.index_select(1, slots)
         rows = valid[None, :, None].expand(L, B, H, S).reshape(L * B * H, S)
         keys, values = (local[:, half].reshape(L * B * H, S, D) for half in range(2))
-        formed = form_pages(keys, values, rows, shape.page_size)
+        formed = form_pages(keys, values, rows, shape.page_size, shape.block_pages)
         token_ids = formed.token_ids
         self._token_ids.copy_(
             torch.where(token_ids >= 0, token_ids + start, -1).view(self._token_ids.shape)
@@ -156,22 +156,14 @@ class Growth:
             )
             for part in (in_first, ~in_first)
         ]
-        statistics, codes = formed.statistics, formed.codes
-        parts = [
-            part.unflatten(0, (L, B, H))
-            for part in (
-                formed.counts,
-                *pack_rows(statistics.mean, KEY_BITS),
-                statistics.variance,
-                *pack_rows(statistics.value_mean, VALUE_BITS),
-                codes.codes,
-                codes.scale,
-                codes.page_scale,
-            )
-        ]
+        for every, name in zip(
+            pages_of_parts(shape.block_pages), formed.summary._fields, strict=True
+        ):
+            part = getattr(formed.summary, name).unflatten(0, (L, B, H))
+            places = first // every + torch.arange(n // every, device=device)
+            for number, layer in enumerate(self.layers):
+                getattr(layer.pages.summary, name).index_copy_(2, places, part[number])
         for number, layer in enumerate(self.layers):
-            for target, part in zip(layer.pages, parts, strict=False):
-                target.index_copy_(2, pages, part[number])
             layer.pages.arena_ids.index_copy_(2, pages, self._arena_ids[number])
         # steps read the span that these belong to: they are added when the pages become visible
         last = self.layers[0].pages.scatter.shape[2] - 1

@@ -1,7 +1,7 @@
 """The paged zone of one layer: which pages hold which tokens, and the statistics of each page.
 
-Page ids, counts and token ids stay on the host; counts and statistics also live on the device,
-where a step ranks and estimates pages. Pages come in segments, in the order of the tokens.
+Page ids, counts and token ids stay on the host; the index lives on the device, where a step ranks
+and estimates pages. Pages come in segments, in the order of the tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from wavekv.growing import GrowingTensor
 from wavekv.index import page_scatter
-from wavekv.index.retrieval import PageSummary
+from wavekv.index.levels import LevelPages
 from wavekv.index.scatter import SpanScatter
-from wavekv.kernels.means import KEY_BITS, VALUE_BITS
+from wavekv.kernels.page_index import PageIndex
 from wavekv.kvstore import HostArena
+from wavekv.offload.growing_index import GrowingIndex
 from wavekv.offload.interrupts import uninterrupted
-from wavekv.offload.packed import PackedRows, growing_rows
 from wavekv.offload.resident import ResidentPages
 
 
@@ -32,40 +32,17 @@ class SegmentPages:
     """[B, Hkv, n] int64 arena ids, host."""
     counts: Tensor
     """[B, Hkv, n] int32 tokens in each page, host."""
-    device_counts: Tensor
-    """The same on the device."""
     token_ids: Tensor
     """[B, Hkv, n, P] int32 positions, -1 where a slot holds none, host."""
-    mean: Tensor
-    """[B, Hkv, n, D] mean key, rounded by `round_rows` to `KEY_BITS`, device."""
-    variance: Tensor
-    """[B, Hkv, n] float32 variance of the keys, mean over the dimensions, device."""
-    value_mean: Tensor
-    """[B, Hkv, n, D] mean value, rounded to `VALUE_BITS`, device."""
-    codes: Tensor
-    """[B, Hkv, n, W / 8, P, 4] uint8 quantised keys, device (see `KeyCodes`)."""
-    code_scale: Tensor
-    """[B, Hkv, n, P] uint8 their scales, device."""
-    page_scale: Tensor
-    """[B, Hkv, n] float32 scales of each page's codes, device."""
+    index: PageIndex
+    """Of [B, Hkv] rows and n pages, device."""
     scatter: Tensor
     """[B, Hkv, m, 2, D, D] within-page scatter of each span touched, device (`scatter_by_span`)."""
     num_resident: int = 0
     """How many pages, the first of each head, were put into the zone's `ResidentPages`."""
 
 
-_PARTS = (
-    "page_ids",
-    "counts",
-    "token_ids",
-    "device_counts",
-    "mean",
-    "variance",
-    "value_mean",
-    "codes",
-    "code_scale",
-    "page_scale",
-)
+_PARTS = ("page_ids", "counts", "token_ids", "index")
 """What a segment and a zone have for each page."""
 
 
@@ -73,30 +50,22 @@ class PagedZone:
     """Pages [B, Hkv, N] of one layer; holds one reference to each in the arena."""
 
     def __init__(
-        self, arena: HostArena, like: Tensor, *, span_pages: int, packs_means: bool
+        self, arena: HostArena, like: Tensor, *, span_pages: int, block_pages: int
     ) -> None:
-        """like: [B, Hkv, 0, D] gives the shape, device and dtype of the means. span_pages:
-        pages whose within-page scatter is kept as one sum. packs_means: keep means as small
-        integers, which a decode engine wants."""
+        """like: [B, Hkv, 0, D] gives shape and device. span_pages: pages whose within-page scatter
+        is kept as one sum, whole blocks; block_pages: pages of a block, of which every segment has
+        whole ones."""
         self.arena = arena
         self._building: list[Tensor] = []
         self.segments: list[tuple[int, int]] = []
         """(end position, end page) of each segment."""
         self.resident: ResidentPages | None = None
         """A copy of some pages on the device while a prompt is prefilled."""
-        shape, P, D = like.shape[:3], arena.layout.page_size, arena.layout.head_dim
+        shape, P = like.shape[:3], arena.layout.page_size
         self.page_ids = GrowingTensor(torch.empty(shape, dtype=torch.int64), dim=2)
         self.counts = GrowingTensor(torch.empty(shape, dtype=torch.int32), dim=2)
         self.token_ids = GrowingTensor(torch.empty(*shape, P, dtype=torch.int32), dim=2)
-        self.device_counts = GrowingTensor(like.new_empty(shape, dtype=torch.int32), dim=2)
-        self.mean, self.value_mean = (
-            growing_rows(like, bits, is_packed=packs_means) for bits in (KEY_BITS, VALUE_BITS)
-        )
-        self.variance = GrowingTensor(like.new_empty(shape, dtype=torch.float32), dim=2)
-        empty_codes = like.new_empty(*shape, -(-D // 8), P, 4, dtype=torch.uint8)
-        self.codes = GrowingTensor(empty_codes, dim=2)
-        self.code_scale = GrowingTensor(like.new_empty(*shape, P, dtype=torch.uint8), dim=2)
-        self.page_scale = GrowingTensor(like.new_empty(shape, dtype=torch.float32), dim=2)
+        self.index = GrowingIndex(like, P, block_pages)
         self.scatter = SpanScatter(like, span_pages)
 
     def __del__(self) -> None:
@@ -114,34 +83,22 @@ class PagedZone:
         return self.segments[-1][0] if self.segments else 0
 
     @property
-    def summary(self) -> PageSummary:
-        """What ranks and estimates the pages: views, but for means that are packed."""
-        return PageSummary(
-            self.device_counts.view,
-            self.mean.view,
-            self.variance.view,
-            self.value_mean.view,
-            self.codes.view,
-            self.code_scale.view,
-            self.page_scale.view,
-            self.scatter.spans.view,
-            self.scatter.span_pages,
-        )
+    def summary(self) -> LevelPages:
+        """What ranks and estimates the pages: views."""
+        return LevelPages(self.index.view, self.scatter.spans.view, self.scatter.span_pages)
 
     @property
     def statistics_nbytes(self) -> int:
         """Bytes of the index: what the device keeps of every page to rank and estimate it."""
-        statistics = self.mean, self.variance, self.value_mean, self.scatter.spans
-        codes = self.codes, self.code_scale, self.page_scale
-        return sum(part.nbytes for part in (*statistics, *codes))
+        return self.index.nbytes + self.scatter.spans.nbytes
 
     def reserve(self, num_pages: int) -> None:
         """Make room in the index for `num_pages` more of each head: buffers that double hold up to
         twice of what is needed, and both sizes while they are copied."""
         total = self.num_pages + num_pages
-        for part in self._parts():
-            for rows in part.parts if isinstance(part, PackedRows) else (part,):
-                rows.fit(max(total, rows.buffer.shape[2]))
+        self.index.reserve(total)
+        for part in self.page_ids, self.counts, self.token_ids:
+            part.fit(max(total, part.buffer.shape[2]))
         spans = self.scatter.spans
         spans.fit(max(-(-total // self.scatter.span_pages), spans.buffer.shape[2]))
 
@@ -222,8 +179,8 @@ class PagedZone:
         first = keep - keep % self.scatter.span_pages
         if keep in (first, self.num_pages):
             return None
-        pages = self._read(first, keep).flatten(0, 1).to(self.device_counts.view.device)
-        counts = self.device_counts.view[:, :, first:keep].flatten(0, 1)
+        pages = self._read(first, keep).flatten(0, 1).to(self.scatter.spans.buffer.device)
+        counts = self.counts.view[:, :, first:keep].flatten(0, 1).to(pages.device)
         scatter = page_scatter(pages[:, :, 0], pages[:, :, 1], counts)
         return scatter.reshape(*self.page_ids.view.shape[:2], *scatter.shape[1:])
 
@@ -272,17 +229,16 @@ class PagedZone:
     def _pages_until(self, position: int) -> int:
         return max((pages for stop, pages in self.segments if stop <= position), default=0)
 
-    def _parts(self) -> tuple[GrowingTensor | PackedRows, ...]:
+    def _parts(self) -> tuple[GrowingTensor | GrowingIndex, ...]:
         return tuple(getattr(self, name) for name in _PARTS)
 
 
 def _keep_until_read(segment: SegmentPages) -> None:
     """The device tensors belong to the builder's stream: its next build must not get their memory
     before the current stream has copied them."""
-    if segment.mean.device.type != "cuda":
+    device = segment.scatter.device
+    if device.type != "cuda":
         return
-    stream = torch.cuda.current_stream(segment.mean.device)
-    for name in (*_PARTS, "scatter"):
-        part: Tensor = getattr(segment, name)
-        if part.is_cuda:
-            part.record_stream(stream)
+    stream = torch.cuda.current_stream(device)
+    for part in (*segment.index, segment.scatter):
+        part.record_stream(stream)

@@ -108,7 +108,7 @@ def eager_parts(config: OffloadConfig, shape: CacheShape) -> dict[str, int]:
     """Bytes of the device while steps run without an engine, as the first ones do: the index with
     its room, and what the readable kernels make of one layer (estimated)."""
     most_tokens = shape.num_tokens + room_tokens(config)
-    held = cache_bytes(config, replace(shape, num_tokens=most_tokens), is_packed=True)
+    held = cache_bytes(config, replace(shape, num_tokens=most_tokens))
     pages, D, P = held.num_pages, shape.head_dim, config.page_size
     most = min(pages, page_limits(config, most_tokens)[1])
     candidates = min(pages, most * config.refine) if config.refine > 1 and most < pages else 0

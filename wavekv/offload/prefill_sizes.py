@@ -80,7 +80,7 @@ def prefill_parts(
         token_bytes = 2 * shape.batch * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
         # whole pages of the last tokens and of the room
         full = max(shape.num_tokens, config.window) + room_tokens(config)
-        held = cache_bytes(config, replace(shape, num_tokens=full), is_packed=True)
+        held = cache_bytes(config, replace(shape, num_tokens=full))
         parts["index"] += sum(held.index.values())
         before = shape.num_tokens - new_tokens
         local = min(before, config.window + 2 * config.append_segment)
@@ -88,7 +88,7 @@ def prefill_parts(
         # all layers wait for their pages, one of them has keys or values in two places
         zones = room * (shape.layers * (token_bytes + shape.batch) + token_bytes // 2)
         taken = min(local + new_tokens, chunk + config.segment)
-        made = cache_bytes(config, replace(shape, num_tokens=taken), is_packed=False)
+        made = cache_bytes(config, replace(shape, num_tokens=taken))
         parts["chunk"] += zones + sum(made.index.values())
         is_coded = config.host_dtype != "model"
         stream = stream_bytes(shape.num_tokens * token_bytes, is_coded=is_coded)

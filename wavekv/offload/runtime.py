@@ -50,14 +50,6 @@ class OffloadRuntime:
         self.num_changes = 0
         """How often tokens were removed or sequences reordered."""
         self.arenas: dict[tuple[KVLayout, bool], HostArena] = {}
-        self.is_for_engine: bool | None = None
-        """Whether contexts are to be such that a decode engine can take them over; None for those
-        on a CUDA device. Elsewhere an engine is slower than steps without one."""
-
-    def packs_means(self, device: torch.device) -> bool:
-        """Whether contexts on `device` keep means packed."""
-        is_cuda = device.type == "cuda"
-        return is_cuda if self.is_for_engine is None else self.is_for_engine
 
     def arena(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> HostArena:
         """The arena for pages of a layer; pinned where `device` is a CUDA device."""
@@ -91,6 +83,5 @@ class OffloadRuntime:
         copy.config, copy.is_prefilling, copy.plan = config, False, None
         copy.keeps_resident, copy.buffers = self.keeps_resident, StreamBuffers()
         copy._engine, copy.num_changes = None, 0
-        copy.is_for_engine = self.is_for_engine
         copy.budget, copy.builder, copy.arenas = self.budget, self.builder, self.arenas
         return copy

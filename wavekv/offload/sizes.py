@@ -15,17 +15,28 @@ from wavekv.config import OffloadConfig
 from wavekv.growing import GrowingTensor
 from wavekv.index.segments import cut_segments
 from wavekv.kernels import step_reference
-from wavekv.kernels.step import StepArena, StepShape, StepSteady, empty_scratch
+from wavekv.kernels.step import StepArena, StepPages, StepShape, StepSteady, empty_scratch
 from wavekv.kvstore import KVLayout
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer
 from wavekv.offload.engine_shape import step_shape
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
-from wavekv.offload.packed import PackedRows
 from wavekv.offload.runtime import OffloadRuntime
 
 _META = torch.device("meta")
+
+
+_INDEX_PARTS = {
+    "mean keys": ("mean", "mean_step"),
+    "mean values": ("value", "value_step"),
+    "blocks": ("block_mean", "block_mean_scale", "block_value", "block_value_scale"),
+    "variances": ("variance",),
+    "counts": ("counts",),
+    "high codes": ("high", "key_step"),
+    "low codes": ("low",),
+}
+"""What a `PageIndex` holds, by names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +59,8 @@ class CacheBytes:
     """What a cache holds after a prefill, in bytes of all layers."""
 
     index: dict[str, int]
-    """By part: key means, value means, variance, counts, codes, scatter."""
+    """By part: mean keys and mean values of pages, blocks, variances, counts, high and low planes
+    of the codes, scatter."""
     steady: int
     """Keys and values of the sinks and the local window."""
     host_pages: int
@@ -63,19 +75,12 @@ class CacheBytes:
     `prefill_chunk`, which is a number here."""
 
 
-def cache_bytes(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> CacheBytes:
-    """Sizes after a prefill. is_packed: whether means are small integers, as on CUDA."""
-    layer = _layer(config, shape, is_packed=is_packed)
+def cache_bytes(config: OffloadConfig, shape: CacheShape) -> CacheBytes:
+    """Sizes after a prefill."""
+    layer = _layer(config, shape)
     paged, layers, pages = layer.paged, shape.layers, num_pages(config, shape.num_tokens)
-    codes = sum(part.nbytes for part in (paged.codes, paged.code_scale, paged.page_scale))
-    index = {
-        "key means": paged.mean.nbytes,
-        "value means": paged.value_mean.nbytes,
-        "codes": codes,
-        "variance": paged.variance.nbytes,
-        "counts": paged.device_counts.nbytes,
-        "scatter": paged.scatter.spans.nbytes,
-    }
+    index = {name: paged.index.nbytes_of(*parts) for name, parts in _INDEX_PARTS.items()}
+    index["scatter"] = paged.scatter.spans.nbytes
     tables = (paged.page_ids, paged.counts, paged.token_ids)
     layout = paged.arena.layout
     return CacheBytes(
@@ -91,7 +96,7 @@ def cache_bytes(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) ->
 
 def engine_step_shape(config: OffloadConfig, shape: CacheShape) -> StepShape:
     """The `StepShape` of an engine for this cache, with as many slots as pay."""
-    layer = _layer(config, shape, is_packed=True)
+    layer = _layer(config, shape)
     return step_shape(
         config,
         sizes=(shape.batch, shape.kv_heads, shape.head_dim),
@@ -99,7 +104,6 @@ def engine_step_shape(config: OffloadConfig, shape: CacheShape) -> StepShape:
         num_tokens=shape.num_tokens,
         num_pages=num_pages(config, shape.num_tokens),
         sinks=layer.steady.num_sink_slots,
-        span_pages=layer.paged.scatter.span_pages,
         layout=layer.paged.arena.layout,
     )
 
@@ -108,7 +112,7 @@ def engine_bytes(config: OffloadConfig, shape: CacheShape, step: StepShape) -> d
     """Bytes of the buffers of an engine on the device, by what they are: the index at its full
     capacity, the page pool and its tables, the ring with the steady zone, the working memory of
     steps, and that of growth. Of `shape` the tokens do not matter."""
-    context = _layer(config, replace(shape, num_tokens=0), is_packed=True)
+    context = _layer(config, replace(shape, num_tokens=0))
     first = torch.empty(step.batch, step.kv_heads, step.sinks + 1, step.head_dim, device=_META)
     first = first.to(shape.dtype)
     context.steady.append(first, first, None)
@@ -138,13 +142,17 @@ def engine_bytes(config: OffloadConfig, shape: CacheShape, step: StepShape) -> d
     buffers = {id(part): part.nbytes for tensors in working for part in tensors}
     table = layer.pool.table.nbytes
     return {
-        "index": shape.layers * sum(part.nbytes for part in layer.pages),
+        "index": shape.layers * _nbytes(layer.pages),
         "pool": shape.layers * (sum(part.nbytes for part in layer.pool) - table),
         "tables": shape.layers * table,
         "ring": ring.nbytes + valid.nbytes,
         "scratch": sum(buffers.values()) + shape.layers * sum(part.nbytes for part in layer.totals),
         "growth": growth.nbytes,
     }
+
+
+def _nbytes(pages: StepPages) -> int:
+    return sum(part.nbytes for part in (*pages.summary, pages.scatter, pages.arena_ids))
 
 
 def num_pages(config: OffloadConfig, num_tokens: int) -> int:
@@ -157,10 +165,9 @@ def _segments(config: OffloadConfig, num_tokens: int) -> list[int]:
     return cut_segments(waiting, segment=config.segment, smallest=config.append_segment)
 
 
-def _layer(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> LayerContext:
+def _layer(config: OffloadConfig, shape: CacheShape) -> LayerContext:
     """A layer of that many tokens without memory; its page ids, on the host, are left out."""
     runtime = OffloadRuntime(config.override(cpu_budget=1 << 62))
-    runtime.is_for_engine = is_packed
     size = shape.batch, shape.kv_heads, 0, shape.head_dim
     empty = torch.empty(size, dtype=shape.dtype, device=_META)
     layer = LayerContext(runtime, empty, empty)
@@ -171,12 +178,8 @@ def _layer(config: OffloadConfig, shape: CacheShape, *, is_packed: bool) -> Laye
         layer.steady.fill_sinks(config.num_sink_tokens)
         layer.steady.drop_oldest(sum(segments))
     pages, paged = sum(segments) // config.page_size, layer.paged
-    parts = [paged.device_counts, paged.variance, paged.codes, paged.code_scale, paged.page_scale]
-    for means in (paged.mean, paged.value_mean):
-        parts += means.parts if isinstance(means, PackedRows) else [means]
-    for part in parts:
-        part.fit(pages)
-        part.claim(pages)
+    paged.index.fit(pages)
+    paged.index.claim(pages)
     spans = -(-pages // paged.scatter.span_pages)
     paged.scatter.spans.fit(spans)
     paged.scatter.spans.claim(spans)

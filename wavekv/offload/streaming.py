@@ -229,7 +229,8 @@ def _dense(
     keys, values = dense.flatten(3, 4)
     valid = None
     if masked:
-        counts = torch.cat([zone.device_counts.view[:, :, a:b] for a, b in pieces], 2)
+        held_counts = zone.index.view.counts
+        counts = torch.cat([held_counts[:, :, a:b] for a, b in pieces], 2)
         held = torch.arange(P, device=counts.device) < counts.unsqueeze(-1)
         valid = held.flatten(2)
     return Block(keys, values, valid, pages.nbytes)

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from wavekv.kernels.page_index import PageIndex
 from wavekv.offload.builder import BATCH_BYTES, SegmentBatch, build_segments
 from wavekv.offload.context import LayerContext
 from wavekv.offload.paged import SegmentPages
@@ -67,7 +68,8 @@ def _build(
     """Have pages built; the result of each layer. due: of each layer, the same batches."""
     first = contexts[0]
     builder, device = first.runtime.builder, first.steady.keys.view.device
-    arena, span_pages = first.paged.arena, first.paged.scatter.span_pages
+    paged, arena = first.paged, first.paged.arena
+    sizes = paged.scatter.span_pages, paged.index.block_pages
 
     def build() -> list[list[SegmentPages]]:
         pages: list[list[SegmentPages]] = [[] for _ in due]
@@ -76,7 +78,7 @@ def _build(
             at_once = max(1, BATCH_BYTES // (4 * of_layers[0].keys.numel()))
             for start in range(0, len(due), at_once):
                 some = of_layers[start : start + at_once]
-                parts = build_segments(_joined(some), arena, span_pages=span_pages)
+                parts = build_segments(_joined(some), arena, *sizes)
                 for number, mine in enumerate(_split(parts, len(some)), start):
                     pages[number] += mine
         return pages
@@ -112,6 +114,8 @@ def _split(segments: list[SegmentPages], count: int) -> list[list[SegmentPages]]
     parts: list[list[SegmentPages]] = [[] for _ in range(count)]
     for segment in segments:
         cut = {name: getattr(segment, name).chunk(count) for name in tensors}
-        for number, layer in enumerate(parts):
-            layer.append(replace(segment, **{name: x[number] for name, x in cut.items()}))
+        index = zip(*(part.chunk(count) for part in segment.index), strict=True)
+        for layer, mine, *own in zip(parts, index, *cut.values(), strict=True):
+            changed = dict(zip(cut, own, strict=True))
+            layer.append(replace(segment, index=PageIndex._make(mine), **changed))
     return parts

@@ -131,7 +131,7 @@ def test_builders_take_no_more_than_foreseen(dtype: torch.dtype, host_dtype: str
     keys, values = torch.randn(2, B, H, count * S, D).to(dtype)
     with use_backend("torch"), torch.no_grad(), PeakMemory() as memory:
         batch = SegmentBatch(keys, values, None, 0, S, ids, 0)
-        segments = build_segments(batch, arena, span_pages=128)
+        segments = build_segments(batch, arena, 128, 16)
     assert len(segments) == count
     shape = CacheShape(1, B, H, 1, D, dtype, count * S)
     foreseen = building_bytes(config, shape, count * S)

@@ -75,7 +75,7 @@ def pool_parts(
     parts = engine_bytes(config, shape, step)
     rows = shape.layers * step.rows
     # tokens are copied out of the ring first
-    copies = build_copies(config, shape.dtype.itemsize) + shape.dtype.itemsize
+    copies = build_copies(shape.dtype.itemsize) + shape.dtype.itemsize
     building = copies * 4 * rows * config.append_segment * step.head_dim
     # one part of a layer's index is there twice while it gets its room
     moved = parts["index"] // shape.layers

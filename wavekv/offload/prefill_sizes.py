@@ -101,13 +101,13 @@ def building_bytes(config: OffloadConfig, shape: CacheShape, num_tokens: int) ->
     """Of what builds the pages of `num_tokens` of one layer: a batch of segments at a time."""
     of_token = 4 * shape.batch * shape.kv_heads * shape.head_dim
     batch = min(num_tokens * of_token, max(BATCH_BYTES, config.segment * of_token))
-    return build_copies(config, shape.dtype.itemsize) * batch
+    return build_copies(shape.dtype.itemsize) * batch
 
 
-def build_copies(config: OffloadConfig, itemsize: int) -> int:
+def build_copies(itemsize: int) -> int:
     """Device memory of a page builder, in copies of its keys as float32: tokens and pages as the
-    model has them, what sorts and encodes them, and what makes small integers (measured)."""
-    return 4 + itemsize + (0 if config.host_dtype == "model" else 3)
+    model has them, and what sorts and encodes them (measured)."""
+    return 6 + itemsize
 
 
 def stream_bytes(layer_bytes: int, *, is_coded: bool) -> int:

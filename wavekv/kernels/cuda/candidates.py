@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.cuda.moments import softmax_sum
 from wavekv.kernels.step import COUNT_BLOCK, REFINED, StepScratch, StepShape
@@ -18,11 +19,12 @@ def _candidates(
     listed,
     status,
     N,
+    K: tl.constexpr,
     BLOCK: tl.constexpr,
     MARK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if block * BLOCK < num_pages:
         n = block * BLOCK + tl.arange(0, BLOCK)
         bits = tl.load(rank + row * N + n, mask=n < num_pages, other=-1)
@@ -44,6 +46,7 @@ def list_candidates(
         (triton.cdiv(shape.capacity, COUNT_BLOCK), shape.rows),
         *(counters, scratch.rank, scratch.threshold[stage]),
         *(scratch.block_count, scratch.listed, scratch.status, shape.capacity),
+        K=shape.block_pages,
         BLOCK=COUNT_BLOCK,
         MARK=REFINED,
         num_warps=8,
@@ -59,11 +62,12 @@ def _sums(
     N,
     G: tl.constexpr,
     GP: tl.constexpr,
+    K: tl.constexpr,
     BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if block * BLOCK < num_pages:
         n = block * BLOCK + tl.arange(0, BLOCK)
         g = tl.arange(0, GP)
@@ -83,6 +87,7 @@ def sum_masses(counters: Tensor, scratch: StepScratch, shape: StepShape) -> None
         *(counters, scratch.log_mass, scratch.block_max, scratch.block_sum, shape.capacity),
         G=shape.group,
         GP=power_of_two(shape.group),
+        K=shape.block_pages,
         BLOCK=COUNT_BLOCK,
         STRIDE=scratch.block_max.shape[2],
         num_warps=8,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.integers import nibble_floats
+from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
 from wavekv.kernels.cuda.moments import log_of, reach_of, root_of, step_of
 from wavekv.kernels.mixing import mixing
@@ -180,7 +181,7 @@ def _estimate(
     HARDWARE: tl.constexpr,
 ):
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if part * PART_PAGES < num_pages:
         g, d, i = tl.arange(0, GP), tl.arange(0, HALF_P), tl.arange(0, BLOCKS * K)
         is_head = g < G

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
 from wavekv.kernels.cuda.moments import log_of, reach_of, root_of
 from wavekv.kernels.step import (
@@ -84,6 +85,7 @@ def _rank(
     N,
     G: tl.constexpr,
     GP: tl.constexpr,
+    K: tl.constexpr,
     STAGE: tl.constexpr,
     LIMIT: tl.constexpr,
     CANDIDATES: tl.constexpr,
@@ -105,7 +107,7 @@ def _rank(
     HARDWARE: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     num_blocks = tl.cdiv(num_pages, BLOCK)
     if (block < num_blocks) | (block == 0):
         g, part = tl.arange(0, GP), tl.arange(0, STATS)
@@ -191,6 +193,7 @@ def rank_pages(
     options: dict[str, Any] = {
         "G": shape.group,
         "GP": power_of_two(shape.group),
+        "K": shape.block_pages,
         "STAGE": stage,
         "LIMIT": {FIRST: CANDIDATES, SECOND: FINALISTS}.get(stage, WIDE),
         "CANDIDATES": CANDIDATES,

@@ -19,7 +19,7 @@ from wavekv.kernels.step import (
 
 _LOOKUPS = 256
 """Pages that one program looks up."""
-_PROBES = 16
+_PROBES = 4
 _PACKED = 1 << 15
 """More than the slots of a pool of which two counts share an int32; larger pools count in int64."""
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, uses_hardware
 from wavekv.kernels.cuda.moments import log_of, moments, root_of, step_of
 from wavekv.kernels.cuda.prepare import prepare
@@ -93,13 +94,16 @@ def _score(
     HARDWARE: tl.constexpr,
 ):
     stat, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if stat * (BLOCKS * K) < num_pages:
         b = stat * BLOCKS + tl.arange(0, BLOCKS)
         n = b[:, None] * K + tl.arange(0, K)[None, :]
-        is_block, is_page = b * K < num_pages, n < num_pages
+        is_block = b * K < num_pages
+        is_page = tl.broadcast_to(is_block[:, None], [BLOCKS, K])
         count = tl.load(counts + row * N + n, mask=is_page, other=0)
         step = step_of(tl.load(mean_step + row * N + n, mask=is_page, other=0))
+        # what belongs to an empty page may be anything
+        step = tl.where(count == 0, 0.0, step)
         root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0))
         log_count = log_of(count, HARDWARE)
         # the words of a block's pages lie side by side

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two
 from wavekv.kernels.step import (
     BIN_SHIFT,
@@ -28,9 +29,9 @@ _LIST_BLOCK = 2048
 
 
 @triton.jit
-def _count(counters, rank, threshold, block_count, N, BLOCK: tl.constexpr):
+def _count(counters, rank, threshold, block_count, N, K: tl.constexpr, BLOCK: tl.constexpr):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if block * BLOCK < num_pages:
         n = block * BLOCK + tl.arange(0, BLOCK)
         bits = tl.load(rank + row * N + n, mask=n < num_pages, other=-1)
@@ -47,11 +48,12 @@ def _collect(
     listed,
     listed_rank,
     N,
+    K: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if block * BLOCK < num_pages:
         b = tl.arange(0, BLOCKS)
         earlier = tl.load(block_count + row * tl.cdiv(N, BLOCK) + b, mask=b < block, other=0)
@@ -168,7 +170,7 @@ def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepSh
     N, rows = shape.capacity, shape.rows
     blocks = triton.cdiv(N, COUNT_BLOCK)
     final = scratch.threshold[FINAL]
-    options: dict[str, Any] = {"BLOCK": COUNT_BLOCK, "num_warps": 4}
+    options: dict[str, Any] = {"K": shape.block_pages, "BLOCK": COUNT_BLOCK, "num_warps": 4}
     launch(
         _count,
         (blocks, rows),

@@ -36,9 +36,7 @@ def _candidates(
         tl.store(status + row * N + n, tl.full([BLOCK], MARK, tl.uint8), mask=is_candidate)
 
 
-def list_candidates(
-    counters: Tensor, scratch: StepScratch, shape: StepShape, stage: int
-) -> None:
+def list_candidates(counters: Tensor, scratch: StepScratch, shape: StepShape, stage: int) -> None:
     """List and mark the pages whose rank reaches `threshold[stage]`, those of each `COUNT_BLOCK`
     from its own start on."""
     launch(

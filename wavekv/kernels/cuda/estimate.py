@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavekv.kernels.cuda.integers import nibble_floats
 from wavekv.kernels.cuda.in_use import pages_in_use
+from wavekv.kernels.cuda.integers import nibble_floats
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
 from wavekv.kernels.cuda.moments import log_of, reach_of, root_of, step_of
 from wavekv.kernels.mixing import mixing
@@ -117,9 +117,7 @@ def _own_values(
 
 
 @triton.jit
-def _unmix(
-    low, high, unmixing, HALF: tl.constexpr, HALF_P: tl.constexpr, D, DTYPE, PRECISION
-):
+def _unmix(low, high, unmixing, HALF: tl.constexpr, HALF_P: tl.constexpr, D, DTYPE, PRECISION):
     """Halves [GP, HALF_P] of mixed rows, times the square root of the size of a mixing block, from
     unmixed ones."""
     i, d = tl.arange(0, HALF_P)[:, None], tl.arange(0, HALF_P)[None, :]
@@ -201,6 +199,23 @@ def _estimate(
         weights = tl.exp2((mass - safe[:, None]) * 1.4426950408889634)
         total = tl.sum(weights, 1)
         sure = tl.maximum(total, 1e-30)
+        lean = total * 0.0
+        if USE_SLOPE:
+            square = tl.load(query_square + row * G + g, mask=is_head, other=0.0)
+            shifts = _shifts(
+                n,
+                at,
+                is_page,
+                keep,
+                is_refined,
+                counts + row * N,
+                variance + row * N,
+                shift + row * G * N,
+                square,
+                SOFTCAP,
+                HARDWARE,
+            )
+            lean = tl.sum(tl.where(weights > 0.0, weights * shifts, 0.0), 1) / sure
         # the values of blocks
         b = part * (PART_PAGES // K) + tl.arange(0, BLOCKS)
         is_block = (b * K < num_pages) & (tl.arange(0, BLOCKS) * K < PART_PAGES)
@@ -243,21 +258,6 @@ def _estimate(
             high += own_high
         in_half = is_head[:, None] & (d < HALF)[None, :]
         if USE_SLOPE:
-            square = tl.load(query_square + row * G + g, mask=is_head, other=0.0)
-            shifts = _shifts(
-                n,
-                at,
-                is_page,
-                keep,
-                is_refined,
-                counts + row * N,
-                variance + row * N,
-                shift + row * G * N,
-                square,
-                SOFTCAP,
-                HARDWARE,
-            )
-            lean = tl.sum(tl.where(weights > 0.0, weights * shifts, 0.0), 1) / sure
             of_span = (row * G + g) * SPANS + (part * PART_PAGES) // SPAN_PAGES
             s = tl.arange(0, SPREADS_P)
             spread = tl.load(
@@ -330,4 +330,5 @@ def _unmixing(device: torch.device, dtype: torch.dtype, dim: int) -> Tensor:
     numbers, exact in every dtype. Made once, not to be changed."""
     with torch.inference_mode(False):
         whole = (mixing(dim).mT * _mixed_at_once(dim) ** 0.5).round()
-        return whole.to(dtype).contiguous().to(device)
+        unmixing: Tensor = whole.to(dtype).contiguous().to(device)
+        return unmixing

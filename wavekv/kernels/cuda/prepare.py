@@ -127,9 +127,7 @@ def _prepare(
     if part < G:
         # the first programs of each row take a head each
         head = row * G + part
-        _mix(
-            query, mix, query_bytes, query_step, query_square, head, scale, D, DP, WIDTH, MIX_ROWS
-        )
+        _mix(query, mix, query_bytes, query_step, query_square, head, scale, D, DP, WIDTH, MIX_ROWS)
         if part == 0:
             for stage in tl.static_range(STAGES):
                 here = histogram + (stage * ROWS + row) * BINS
@@ -164,9 +162,7 @@ def _prepare(
             other=0,
         )
         step = tl.load(block_mean_scale + row * blocks + b, mask=is_block, other=0.0) * scale
-        x = tl.dot(
-            signed_floats(means, q.dtype, HARDWARE), tl.trans(q), input_precision=PRECISION
-        )
+        x = tl.dot(signed_floats(means, q.dtype, HARDWARE), tl.trans(q), input_precision=PRECISION)
         tl.store(
             block_logits + (row * G + g)[None, :] * blocks + b[:, None],
             x * step[:, None],

@@ -27,7 +27,9 @@ def _four_products(codes, query_words, total, DP4A: tl.constexpr):
 
 
 @triton.jit
-def _add_word(word, a, b, c, d, query, NUM: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, DP4A):
+def _add_word(
+    word, a, b, c, d, query, NUM: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, DP4A
+):
     """Add what one word of a plane gives with the first NUM heads' query words from `query` on, of
     which each head has W."""
     MASK: tl.constexpr = 0x03030303 if BITS == 2 else 0x01010101

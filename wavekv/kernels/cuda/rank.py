@@ -46,7 +46,20 @@ def _softmax_statistics(block_max, block_sum, at, held):
 
 @triton.jit
 def _is_counted(
-    bits, n, is_page, row, num_pages, status, threshold, N, STAGE, ROWS, NEVER, REFINED, SAMPLED, SAMPLE
+    bits,
+    n,
+    is_page,
+    row,
+    num_pages,
+    status,
+    threshold,
+    N,
+    STAGE,
+    ROWS,
+    NEVER,
+    REFINED,
+    SAMPLED,
+    SAMPLE,
 ):
     """Which pages tell where the wanted ones begin."""
     is_counted = is_page & (bits >= 0)
@@ -214,6 +227,7 @@ def rank_pages(
         "SOFTCAP": shape.softcap is not None,
         "HARDWARE": uses_hardware(scratch.rank),
         "num_warps": 8,
+        "maxnreg": 64,
     }
     launch(
         _rank,

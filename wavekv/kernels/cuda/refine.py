@@ -120,8 +120,8 @@ def _refine(
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     CHUNKS: tl.constexpr = COUNTED // BLOCK
     # of what all bits stand for, in steps, the middle
-    MIDDLE: tl.constexpr = (2 ** (HIGH_BITS + LOW_BITS) - 1) / 2 if USE_LOW else (
-        (2**HIGH_BITS - 1) / 2 * 2**LOW_BITS
+    MIDDLE: tl.constexpr = (
+        (2 ** (HIGH_BITS + LOW_BITS) - 1) / 2 if USE_LOW else ((2**HIGH_BITS - 1) / 2 * 2**LOW_BITS)
     )
     block, first_of_chunk = chunk // CHUNKS, (chunk % CHUNKS) * BLOCK
     if block * COUNTED < tl.load(counters + 2):

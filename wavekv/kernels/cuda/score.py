@@ -13,7 +13,14 @@ from wavekv.kernels.cuda.moments import log_of, moments, root_of, step_of
 from wavekv.kernels.cuda.prepare import prepare
 from wavekv.kernels.cuda.products import HEADS, of_head, plane_products
 from wavekv.kernels.page_index import MEAN_BITS
-from wavekv.kernels.step import ESTIMATED, SCORE_BLOCK, StepPages, StepScratch, StepShape, StepSteady
+from wavekv.kernels.step import (
+    ESTIMATED,
+    SCORE_BLOCK,
+    StepPages,
+    StepScratch,
+    StepShape,
+    StepSteady,
+)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from wavekv.kernels.step import (
 )
 
 _PROBE_BITS = 4
-_LIST_BLOCK = 2048
+_LIST_BLOCK = 4096
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def pick(
         "WIDTH_OF_BIN": 1 << _rounded_up(BIN_SHIFT),
         "WIDTH_OF_ALL": 1 << _rounded_up(31),
         "PAD": power_of_two(chosen.shape[2]),
-        "num_warps": 4 if block <= 1024 else 8,
+        "num_warps": min(16, max(4, block // 256)),
     }
     launch(
         _pick,

@@ -1,7 +1,6 @@
 """The pages that are not attended to, through their statistics: see
 `wavekv.kernels.levels.estimate_levels`."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,10 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.in_use import pages_in_use
-from wavekv.kernels.cuda.integers import nibble_floats
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import log_of, reach_of, root_of, step_of
-from wavekv.kernels.mixing import mixing
+from wavekv.kernels.cuda.moments import log_of, reach_of, root_of
+from wavekv.kernels.cuda.values import (
+    mixed_at_once,
+    own_values,
+    scaled_values,
+    unmix,
+    unmixing_on,
+)
 from wavekv.kernels.step import ATTENDED, REFINED, StepPages, StepScratch, StepShape
 
 _DTYPES = {
@@ -25,21 +29,6 @@ _TILE = 32
 """Refined pages that are added at once."""
 _LEAST_BLOCKS = 16
 """Blocks of pages in a product."""
-
-
-@triton.jit
-def _values(codes, step, weights, DTYPE: tl.constexpr, HARDWARE: tl.constexpr):
-    """Weights [GP, n] and the two halves of values [n, HALF_P], in steps less half the levels, as
-    the operands of a product."""
-    low, high = nibble_floats(codes, DTYPE, HARDWARE)
-    if tl.float16 == DTYPE:
-        # which has no room for small weights times small steps
-        weights = weights.to(DTYPE)
-        low *= step.to(DTYPE)[:, None]
-        high *= step.to(DTYPE)[:, None]
-    else:
-        weights = (weights * step[None, :]).to(DTYPE)
-    return weights, low, high
 
 
 @triton.jit
@@ -68,70 +57,6 @@ def _shifts(
         of_codes = tl.load(shift + at, mask=keep & is_refined[None, :], other=0.0)
         out = tl.where(is_refined[None, :], of_codes, by_moments)
     return out
-
-
-@triton.jit
-def _own_values(
-    listed,
-    num_listed,
-    log_mass,
-    value,
-    value_step,
-    largest,
-    at_head,
-    is_head,
-    GP: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_P: tl.constexpr,
-    TILE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
-    """The sums [GP, HALF_P] of weights times mixed residuals of the listed pages' values."""
-    d = tl.arange(0, HALF_P)
-    low = tl.zeros([GP, HALF_P], tl.float32)
-    high = tl.zeros([GP, HALF_P], tl.float32)
-    weight = tl.zeros([GP], tl.float32)
-    start = 0
-    while start < num_listed:
-        i = start + tl.arange(0, TILE)
-        is_held = i < num_listed
-        n = tl.load(listed + i, mask=is_held, other=0)
-        at, keep = at_head[:, None] + n[None, :], is_head[:, None] & is_held[None, :]
-        mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
-        here = value + n[:, None] * HALF + d[None, :]
-        codes = tl.load(here, mask=is_held[:, None] & (d < HALF)[None, :], other=0)
-        step = step_of(tl.load(value_step + n, mask=is_held, other=0))
-        weights = tl.exp2((mass - largest[:, None]) * 1.4426950408889634)
-        some, first, second = _values(codes, step, weights, DTYPE, HARDWARE)
-        low = tl.dot(some, first, low, input_precision=PRECISION)
-        high = tl.dot(some, second, high, input_precision=PRECISION)
-        if tl.float16 == DTYPE:
-            weight += tl.sum(some.to(tl.float32) * step[None, :], 1)
-        else:
-            weight += tl.sum(some.to(tl.float32), 1)
-        start += TILE
-    # what codes stand for lies half a step higher
-    return low + 0.5 * weight[:, None], high + 0.5 * weight[:, None]
-
-
-@triton.jit
-def _unmix(low, high, unmixing, HALF: tl.constexpr, HALF_P: tl.constexpr, D, DTYPE, PRECISION):
-    """Halves [GP, HALF_P] of mixed rows, times the square root of the size of a mixing block, from
-    unmixed ones."""
-    i, d = tl.arange(0, HALF_P)[:, None], tl.arange(0, HALF_P)[None, :]
-    inside = (i < HALF) & (d < HALF)
-    at = unmixing + i * D + d
-    low, high = low.to(DTYPE), high.to(DTYPE)
-    first = tl.dot(low, tl.load(at, mask=inside, other=0.0), input_precision=PRECISION)
-    rows = tl.load(at + HALF * D, mask=inside, other=0.0)
-    first = tl.dot(high, rows, first, input_precision=PRECISION)
-    rows = tl.load(at + HALF, mask=inside, other=0.0)
-    second = tl.dot(low, rows, input_precision=PRECISION)
-    rows = tl.load(at + HALF * D + HALF, mask=inside, other=0.0)
-    second = tl.dot(high, rows, second, input_precision=PRECISION)
-    return first, second
 
 
 @triton.jit
@@ -226,14 +151,14 @@ def _estimate(
         )
         scale = tl.load(block_value_scale + row * (N // K) + b, mask=is_block, other=0.0)
         of_blocks = tl.sum(tl.reshape(weights, [GP, BLOCKS, K]), 2)
-        some, first, second = _values(codes, scale, of_blocks, DTYPE, HARDWARE)
+        some, first, second = scaled_values(codes, scale, of_blocks, DTYPE, HARDWARE)
         low = tl.dot(some, first, input_precision=PRECISION) / sure[:, None]
         high = tl.dot(some, second, input_precision=PRECISION) / sure[:, None]
         num_refined = tl.sum(is_refined.to(tl.int32), 0)
         if num_refined > 0:
             # the list is read by other threads than wrote it
             tl.debug_barrier()
-            own_low, own_high = _own_values(
+            own_low, own_high = own_values(
                 here,
                 num_refined,
                 masses,
@@ -251,7 +176,7 @@ def _estimate(
                 HARDWARE,
             )
             share = (1.0 / (sure * root_of_mixing))[:, None]
-            own_low, own_high = _unmix(
+            own_low, own_high = unmix(
                 own_low * share, own_high * share, unmixing, HALF, HALF_P, D, DTYPE, PRECISION
             )
             low += own_low
@@ -312,23 +237,8 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         *(counters, index.counts, index.variance, scratch.query_square),
         *(scratch.log_mass, scratch.shift, scratch.status),
         *(index.value, index.value_step, index.block_value, index.block_value_scale),
-        *(_unmixing(scratch.out.device, dtype, D), scratch.listed),
+        *(unmixing_on(scratch.out.device, dtype, D), scratch.listed),
         *(scratch.slope, scratch.slope_spread, scratch.part_out, scratch.part_lse),
-        *(shape.capacity, _mixed_at_once(D) ** 0.5),
+        *(shape.capacity, mixed_at_once(D) ** 0.5),
         **options,
     )
-
-
-def _mixed_at_once(dim: int) -> int:
-    """The size of a block of the mixing matrix."""
-    return dim & -dim
-
-
-@lru_cache
-def _unmixing(device: torch.device, dtype: torch.dtype, dim: int) -> Tensor:
-    """The matrix [D, D] that undoes the mixing, times the root of its block size: small whole
-    numbers, exact in every dtype. Made once, not to be changed."""
-    with torch.inference_mode(False):
-        whole = (mixing(dim).mT * _mixed_at_once(dim) ** 0.5).round()
-        unmixing: Tensor = whole.to(dtype).contiguous().to(device)
-        return unmixing

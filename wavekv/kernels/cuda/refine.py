@@ -17,6 +17,9 @@ from wavekv.kernels.step import COUNT_BLOCK, FIRST, SECOND, StepPages, StepScrat
 _BLOCK = 16
 """Candidates of one warp: nothing in it waits for other warps."""
 _WARPS = 1
+_PROGRAMS = {FIRST: 16, SECOND: 8}
+"""Programs that share the candidates of `COUNT_BLOCK` pages: about as many as have something to do,
+where one page in four is a candidate, and one in sixteen a finalist."""
 
 
 @triton.jit
@@ -111,24 +114,24 @@ def _refine(
     W: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     USE_LOW: tl.constexpr,
     BY_MASS: tl.constexpr,
     USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    CHUNKS: tl.constexpr = COUNTED // BLOCK
+    program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # of what all bits stand for, in steps, the middle
     MIDDLE: tl.constexpr = (
         (2 ** (HIGH_BITS + LOW_BITS) - 1) / 2 if USE_LOW else ((2**HIGH_BITS - 1) / 2 * 2**LOW_BITS)
     )
-    block, first_of_chunk = chunk // CHUNKS, (chunk % CHUNKS) * BLOCK
+    block, start = program // PROGRAMS, (program % PROGRAMS) * BLOCK
     if block * COUNTED < tl.load(counters + 2):
         num_listed = tl.load(block_count + row * tl.cdiv(N, COUNTED) + block)
-        if first_of_chunk < num_listed:
+        while start < num_listed:
             p = tl.arange(0, PP)
-            i = first_of_chunk + tl.arange(0, BLOCK)
+            i = start + tl.arange(0, BLOCK)
             is_candidate = i < num_listed
             # each block's list begins where the block does
             n = tl.load(listed + row * N + block * COUNTED + i, mask=is_candidate, other=0)
@@ -194,6 +197,7 @@ def _refine(
                         USE_VARIANCE,
                         SOFTCAP,
                     )
+            start += PROGRAMS * BLOCK
 
 
 def refine(
@@ -219,6 +223,7 @@ def refine(
         "W": scratch.query_words.shape[2],
         "BLOCK": _BLOCK,
         "COUNTED": COUNT_BLOCK,
+        "PROGRAMS": _PROGRAMS[stage],
         "USE_LOW": stage == SECOND,
         # a cap cannot be undone
         "BY_MASS": stage == FIRST and shape.softcap is None,
@@ -229,7 +234,7 @@ def refine(
     }
     launch(
         _refine,
-        (triton.cdiv(N, COUNT_BLOCK) * (COUNT_BLOCK // _BLOCK), shape.rows),
+        (triton.cdiv(N, COUNT_BLOCK) * _PROGRAMS[stage], shape.rows),
         *(counters, scratch.block_count, scratch.listed, index.counts, index.variance),
         *(index.mean.view(torch.int32), index.mean_step),
         *(index.high.view(torch.int32), index.low.view(torch.int32), index.key_step),

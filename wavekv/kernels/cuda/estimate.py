@@ -25,7 +25,7 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_TILE = 32
+_TILE = 64
 """Refined pages that are added at once."""
 _LEAST_BLOCKS = 16
 """Blocks of pages in a product."""
@@ -54,7 +54,8 @@ def _shifts(
         root = root_of(tl.load(variance + n, mask=is_page, other=0))
         deviation = tl.sqrt(square)[:, None] * root[None, :]
         by_moments = deviation * reach_of(deviation, log_count[None, :])
-        of_codes = tl.load(shift + at, mask=keep & is_refined[None, :], other=0.0)
+        # what is not refined holds anything: a mask would make each number a load by itself
+        of_codes = tl.load(shift + at, mask=keep, other=0.0)
         out = tl.where(is_refined[None, :], of_codes, by_moments)
     return out
 
@@ -112,8 +113,10 @@ def _estimate(
         is_page = (n < num_pages) & (i < PART_PAGES)
         mark = tl.load(status + row * N + n, mask=is_page, other=ATTENDED)
         at = g[:, None] * N + n[None, :]
-        masses, keep = log_mass + row * G * N, is_head[:, None] & (mark != ATTENDED)[None, :]
+        masses, keep = log_mass + row * G * N, is_head[:, None] & is_page[None, :]
+        # no load waits for another
         mass = tl.load(masses + at, mask=keep, other=float("-inf"))
+        mass = tl.where((mark == ATTENDED)[None, :], float("-inf"), mass)
         is_refined = mark == REFINED
         # where one program's refined pages follow each other
         here = listed + row * N + part * PART_PAGES

@@ -85,7 +85,8 @@ def measure_errors(
             outputs = {}
             for name, changes in settings().items():
                 config = cache.config.override(**{"mode": "retrieval", **changes})
-                outputs[name] = attend_step(query, *zones, config, Counters())[0]
+                step = attend_step(query, *zones, config, Counters(), cache.runtime.buffers)
+                outputs[name] = step[0]
             for name, out in outputs.items():
                 tallies[name].errors += relative_error(out, outputs["exact"]).flatten().tolist()
 
@@ -143,7 +144,7 @@ def as_markdown(rows: dict[str, dict[str, float]], record: dict) -> str:
         f"{record['context_tokens']} tokens. *Output error* is the relative L2 distance of the "
         "attention output of a head to exact attention, for the same query: mean and 95th "
         "percentile over all layers, heads and answer steps. *None*, *first* and *second* are the "
-        "`tail_estimate`. Pages are ranked by four-bit key codes, the best "
+        "`tail_estimate`. Pages are ranked by the codes of their keys, the best "
         f"{OffloadConfig().refine} budgets of them by statistics; *refine* is another number of "
         "budgets, *means only* none (`refine=1`).",
         "",

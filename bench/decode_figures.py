@@ -9,8 +9,10 @@ import torch
 from decode_fill import say
 from decode_profile import time_singly
 from decode_steps import WalkedSteps
+from index_parts import BLOCKS, CANDIDATE, FINALIST, RANKING, index_page_bytes
 from torch import Tensor
 
+from wavekv.index.levels import num_finalists
 from wavekv.kernels.step import MOST
 from wavekv.offload.engine import DecodeEngine
 
@@ -80,21 +82,23 @@ def engine_bytes(engine: DecodeEngine) -> dict[str, int]:
     heads, layers, n = shape.rows, len(engine.layers), engine.num_pages
     most = min(int(engine.limits[MOST]), n)
     refine = engine.config.refine
-    candidates = min(n, most * refine) if refine > 1 and most < n else 0
+    is_refined = refine > 1 and most < n
+    candidates = min(n, most * refine) if is_refined else 0
+    finalists = min(n, most * num_finalists(refine)) if is_refined else 0
     early = max(0, layers - 2) if engine.config.prefetch == "early" else 0
 
-    def of_page(*parts: Tensor) -> int:
-        return sum(part[0, 0, 0].numel() * part.element_size() for part in parts)
+    def of_page(part: Tensor) -> int:
+        return part[0, 0, 0].numel() * part.element_size()
 
-    ranking = of_page(pages.mean, pages.mean_scale, pages.variance, pages.counts)
-    estimating = of_page(pages.value_mean, pages.value_scale)
-    codes = of_page(pages.codes, pages.code_scale, pages.page_scale)
+    ranking, estimating, candidate, finalist = (
+        index_page_bytes(pages.summary, names) for names in (RANKING, BLOCKS, CANDIDATE, FINALIST)
+    )
     page = of_page(engine.layers[0].pool.pages)
     spans = -(-n // shape.span_pages) if shape.tail == "second" else 0
     steady = shape.sinks + engine.num_tokens - engine.start
     return {
-        "statistics": heads * n * ((layers + early) * ranking + layers * estimating),
-        "codes": heads * candidates * (layers + early) * codes,
+        "statistics": round(heads * n * ((layers + early) * ranking + layers * estimating)),
+        "codes": round(heads * (layers + early) * (candidates * candidate + finalists * finalist)),
         "scatter": heads * spans * layers * of_page(pages.scatter),
         "pages": heads * most * layers * page,
         "steady": heads * steady * layers * page // shape.page_size,

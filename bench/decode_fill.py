@@ -18,11 +18,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from wavekv.config import OffloadConfig
-from wavekv.index import encode_keys
+from wavekv.index.levels import index_of_pages
 from wavekv.index.scatter import scatter_by_span
+from wavekv.kernels.page_index import PageIndex
 from wavekv.offload import LayerContext, OffloadRuntime
-from wavekv.offload.builder import rounded_statistics
-from wavekv.offload.device_layer import device_parts
 from wavekv.offload.engine_shape import ROOM_TOKENS
 from wavekv.offload.paged import PagedZone, SegmentPages
 
@@ -122,8 +121,7 @@ def _fit(zone: PagedZone, num_tokens: int) -> None:
     capacity = pages + ROOM_TOKENS // zone.arena.layout.page_size
     for part in (zone.page_ids, zone.counts, zone.token_ids):
         part.fit(pages)
-    for part in device_parts(zone):
-        part.fit(capacity)
+    zone.index.fit(capacity)
     zone.scatter.spans.fit(-(-capacity // zone.scatter.span_pages))
 
 
@@ -139,15 +137,14 @@ def _fill_pages(
 def _random_segment(
     zone: PagedZone, start: int, length: int, generator: torch.Generator, plant: Plant | None
 ) -> SegmentPages:
-    layout, held = zone.arena.layout, zone.device_counts.view
+    layout, held = zone.arena.layout, zone.index.view.counts
     (B, H, _), device, P, D = held.shape, held.device, layout.page_size, layout.head_dim
     n = length // P
     keys, values = clustered_pages(generator, B * H, n, P, D, device, layout.dtype)
     if plant is not None:
         plant(start, keys.view(B, H, length, D))
     counts = torch.full((B * H, n), P, dtype=torch.int32, device=device)
-    statistics = rounded_statistics(keys, values, counts)
-    codes = encode_keys(keys, statistics.mean, counts)
+    index = index_of_pages(keys, values, counts, zone.index.block_pages)
     scatter = scatter_by_span(
         keys, values, counts, first_page=zone.num_pages, span_pages=zone.scatter.span_pages
     )
@@ -163,14 +160,8 @@ def _random_segment(
         length=length,
         page_ids=ids.view(B, H, n),
         counts=torch.full((B, H, n), P, dtype=torch.int32),
-        device_counts=of_heads(counts),
         token_ids=token_ids.expand(B, H, n, P),
-        mean=of_heads(statistics.mean),
-        variance=of_heads(statistics.variance),
-        value_mean=of_heads(statistics.value_mean),
-        codes=of_heads(codes.codes),
-        code_scale=of_heads(codes.scale),
-        page_scale=of_heads(codes.page_scale),
+        index=PageIndex._make(of_heads(part) for part in index),
         scatter=of_heads(scatter),
     )
 
@@ -183,14 +174,8 @@ def _share_pages(zone: PagedZone, other: PagedZone) -> None:
         length=other.num_tokens,
         page_ids=other.page_ids.view,
         counts=other.counts.view,
-        device_counts=other.device_counts.view,
         token_ids=other.token_ids.view,
-        mean=other.mean.view,
-        variance=other.variance.view,
-        value_mean=other.value_mean.view,
-        codes=other.codes.view,
-        code_scale=other.code_scale.view,
-        page_scale=other.page_scale.view,
+        index=other.index.view,
         scatter=other.scatter.spans.view,
     )
     zone.append(pages)

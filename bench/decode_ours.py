@@ -44,7 +44,7 @@ def add_flags(parser: ArgumentParser) -> None:
     """The flags of these systems."""
     group = parser.add_argument_group("wavekv")
     group.add_argument("--budget", type=float, default=0.02, help="share of tokens retrieved")
-    group.add_argument("--refine", type=int, default=16)
+    group.add_argument("--refine", type=int, default=12)
     group.add_argument("--prefetch", choices=PREFETCHES, default="none")
     group.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
     group.add_argument("--device-budget", default="0.5", help="of the page pool: share or size")
@@ -90,7 +90,6 @@ def _share_or_size(text: str) -> float | str:
 def retrieval(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> Result:
     """Steps of the engine over a context of its own."""
     runtime = OffloadRuntime(offload_config(args))
-    runtime.is_for_engine = True
     filled = fill_contexts(
         model, runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )
@@ -103,7 +102,6 @@ def retrieval(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int)
 def sweep(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> Iterator[Result]:
     """Retrieval for all wanted pairs of reuse and prefetch, over one filled context."""
     runtime = OffloadRuntime(offload_config(args))
-    runtime.is_for_engine = True
     filled = fill_contexts(
         model, runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )
@@ -164,7 +162,6 @@ def exact(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
     """Exact attention over pages on the host, as the wrapped model does it: eager."""
     start_peak(model)
     cache = OffloadedCache(model.config, offload_config(args, mode="exact", prefetch="none"))
-    cache.runtime.is_for_engine = True
     filled = fill_contexts(
         model, cache.runtime, tokens, batch, host_layers=args.host_layers, seed=args.seed
     )

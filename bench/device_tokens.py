@@ -85,7 +85,6 @@ class Sides:
         self.model = OffloadedKV(load_demo_model(dtype).to(device), config)
         self.cpu_model = OffloadedKV(load_demo_model(dtype), config)
         self.cache = self.model.new_cache()
-        self.cache.runtime.is_for_engine = True
         self.ids = torch.tensor([context.token_ids], device=device)
         self.model.prefill(self.ids, self.cache)
         self.cpu_cache = cache_on_cpu(self.cache, self.cpu_model)

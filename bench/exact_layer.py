@@ -25,7 +25,7 @@ def exact_layer(engine: DecodeEngine, number: int, query: Tensor, logits: Logits
     options = {"scale": logits.scale, "softcap": logits.softcap}
     state = attend_block(query, keys, values, **options)
     arena, n = layer.context.paged.arena, engine.num_pages
-    assert bool((layer.pages.counts[:, :, :n] == shape.page_size).all())
+    assert bool((layer.pages.summary.counts[:, :, :n] == shape.page_size).all())
     ids = layer.pages.arena_ids[:, :, :n].cpu()
     for some in ids.split(BLOCK_PAGES, dim=2):
         stored = arena.gather(some.flatten()).to(engine.device)

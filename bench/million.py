@@ -1,6 +1,8 @@
 """A million tokens on one GPU: decoding, and reading a prompt of them.
 
-    python bench/million.py decode     8B shape, pages of 8 bits filled without a prompt
+    python bench/million.py decode                          8B shape, pages filled without a prompt
+    python bench/million.py prefill                         1B shape, from the tokens to an answer
+    python bench/million.py prefill --shape llama-8b --tokens 256K --host-dtype int8
 
 Each part plants needles at 11 depths and looks whether steps find them, and compares outputs of
 sampled layers with exact attention to all pages.
@@ -18,6 +20,7 @@ from typing import Any
 
 import decode_ours
 import million_decode
+import million_prefill
 import torch
 from decode import HEADER, as_row, context_length, context_name, table_line
 from decode_model import SHAPES, copy_bandwidth, decoder_config, random_decoder, release_memory
@@ -47,6 +50,10 @@ def parse() -> argparse.Namespace:
     decode_ours.add_flags(decode)
     decode.set_defaults(host_dtype="int8", host_layers=1 << 10, rows=million_decode.decode_rows)
     million_decode.add_flags(decode)
+    prefill = parts.add_parser("prefill", parents=[common], help="a prompt, then steps")
+    prefill.add_argument("--shape", choices=SHAPES, default="llama-1b" if on_cuda else "tiny")
+    prefill.set_defaults(rows=million_prefill.prefill_rows)
+    million_prefill.add_flags(prefill)
     args = parser.parse_args()
     args.json = args.json or RESULTS / f"million_{args.part}.json"
     return args
@@ -59,6 +66,13 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
             f"budget {row['budget']}: {row['needles_found']} of {row['needles']} needles found; "
             f"output error {row['output_error_mean']:.4f}, p95 {row['output_error_p95']:.4f} "
             f"({row['error_samples']} heads)"
+        )
+    elif "seconds" in row:
+        yield (
+            f"{row['name']:<12}{context_name(row['tokens']):>8}: {row['seconds']:.1f} s, "
+            f"{row['tokens_per_s']:.0f} tokens/s, {row['tflop_per_s']:.0f} TFLOP/s; device "
+            f"{row['device_bytes'] / 2**30:.1f} GiB (weights {row['weights'] / 2**30:.1f}), host "
+            f"{row['host_bytes'] / 2**30:.1f} GiB"
         )
     else:
         yield table_line(row)

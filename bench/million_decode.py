@@ -40,7 +40,6 @@ def add_flags(parser: ArgumentParser) -> None:
 def decode_rows(args: Namespace, model: LlamaForCausalLM, tokens: int) -> Iterator[Result]:
     """A result for each budget and prefetch, the first with its checks; then the baselines."""
     runtime = OffloadRuntime(offload_config(args))
-    runtime.is_for_engine = True
     config = model.config
     needles = draw_needles(
         0,

@@ -109,7 +109,6 @@ def main() -> None:
     context = plant(options.tokens, lambda s: [e.ids for e in encode(s)], seed=options.seed)
     model = OffloadedKV(load_demo_model(), OffloadConfig(budget=0.02))
     cache = model.new_cache()
-    cache.runtime.is_for_engine = True
     model.prefill(torch.tensor([context.token_ids]), cache, progress=True)
     tallies: dict[int | None, Tally] = {cap: Tally() for cap in (None, *options.caps)}
     for number, fact in enumerate(tqdm(context.facts[: options.questions], desc="questions")):

@@ -39,7 +39,8 @@ from wavekv import OffloadConfig, OffloadedCache, OffloadedKV
 from wavekv.cli.answering import VALUE_DIGITS
 from wavekv.demo import corpus
 from wavekv.demo.context import PlantedContext, plant
-from wavekv.index.retrieval import Logits, choose_pages
+from wavekv.index.levels import choose_of_levels
+from wavekv.index.retrieval import Logits
 from wavekv.model_adapters.bundled import load_demo_model, load_demo_tokenizer
 from wavekv.offload.budget import page_limits
 
@@ -88,8 +89,8 @@ class Observer:
         context.settle()
         summary, logits = context.paged.summary, Logits(attention.scaling)
         least, most = page_limits(context.runtime.config, context.num_tokens + 1)
-        limits = {"most": most, "num_candidates": most * context.runtime.config.refine}
-        choice = choose_pages(query, query, summary, logits, least=least, **limits)
+        refine = context.runtime.config.refine
+        choice = choose_of_levels(query, summary, logits, least=least, most=most, refine=refine)
         self.early[number] = query[0], choice.pages[0]
 
     def step(self) -> dict[str, np.ndarray]:

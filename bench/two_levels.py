@@ -90,6 +90,10 @@ VARIANTS = {
         for first, second in ((16, 4), (12, 4), (12, 3), (8, 3), (6, 3))
     },
     **{
+        f"planes of 2 and 1 bits, {first} and {second} budgets": Variant(first, second, (2, 1))
+        for first, second in ((20, 5), (16, 4), (12, 4), (12, 3))
+    },
+    **{
         f"{bits} bits, {first} budgets, values of {value_bits}": Variant(
             first, codes=(bits,), mean_planes=4 - bits, value_bits=value_bits
         )

@@ -36,6 +36,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"window": 0}, "window must be an int of at least 1, got 0"),
     ({"window": True}, "window must be an int of at least 1, got True"),
     ({"page_size": 0}, "page_size must be an int of at least 1, got 0"),
+    ({"page_size": 256, "segment": 8192}, "page_size must be at most 255, got 256"),
     ({"page_size": 16.0}, "page_size must be an int of at least 1, got 16.0"),
     ({"prefill_chunk": 0}, "prefill_chunk must be an int of at least 1, got 0"),
     ({"segment": 8000}, "segment must be page_size=16 times a power of two, got 8000; 4096 would"),

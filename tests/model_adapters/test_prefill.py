@@ -3,6 +3,7 @@ continued; refused before anything is done."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from wavekv.model_adapters import prefill_plan
 from wavekv.model_adapters.prefill_plan import chunk_tokens, plan_prefill
 from wavekv.offload import LayerContext, Logits, OffloadRuntime, streaming
 from wavekv.offload.device_memory import index_bytes
+from wavekv.offload.index_sizes import index_sizes
 
 Wrap = Callable[..., OffloadedKV]
 TOKENS = 300
@@ -37,6 +39,10 @@ def next_logits(model: OffloadedKV, cache: Any) -> Tensor:
     """After two more tokens, which see all others."""
     with torch.no_grad():
         return model(prompt(2, seed=9).to(model.device), past_key_values=cache).logits
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b).norm() / b.norm())
 
 
 def check_left_over(cache: Any) -> None:
@@ -118,10 +124,10 @@ def test_an_interrupted_prefill_goes_on_where_it_was(
     check_left_over(cache)
     logits = model.prefill(ids[:, 64 * finished :], cache)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    check_left_over(cache)
     torch.testing.assert_close(
         next_logits(model, cache), next_logits(model, whole), rtol=1e-3, atol=1e-3
     )
-    check_left_over(cache)
 
 
 def test_a_device_that_is_too_small_is_an_error_before_anything(wrapped: Wrap, monkeypatch) -> None:
@@ -177,7 +183,9 @@ def test_the_estimate_of_the_index_is_its_size(page_size: int, width: int) -> No
         page_size=page_size, segment=segment, append_segment=segment, num_sink_tokens=0, window=1
     )
     runtime = OffloadRuntime(config)
-    count = (2 if width > 100 else 16) * max(segment, width * 16)
+    # whole spans
+    span = index_sizes(config, width)[0] * page_size
+    count = (2 if width > 100 else 16) * math.lcm(segment, span)
     keys = torch.randn(1, 2, count + 1, width, dtype=torch.bfloat16)
     context = LayerContext(runtime, keys[:, :, :0], keys[:, :, :0])
     context.attend(keys, keys, keys, None, Logits(1.0))
@@ -203,18 +211,20 @@ def test_a_prefill_on_cuda_is_that_of_a_cpu(model_type: str, wrapped: Wrap) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("budget", ["1MiB", "24MiB", 0.5])
 def test_half_precision_prefills_agree_with_the_model(budget: object) -> None:
-    """Blocks large enough for cuDNN, against the model's own attention over everything at once."""
-    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda", torch.bfloat16)
+    """Blocks large enough for cuDNN: as close to float32 as the model's own attention over
+    everything at once is."""
+    model = make_model("llama", attention="sdpa", head_dim=64).to("cuda")
     ids = prompt(9000).cuda()
     with torch.no_grad():
-        expected = model(ids, logits_to_keep=1).logits[:, 0]
+        exact = model(ids, logits_to_keep=1).logits[:, 0]
+        model = model.to(torch.bfloat16)
+        own = difference(model(ids, logits_to_keep=1).logits[:, 0], exact)
     settings = {"segment": 1024, "append_segment": 256, "page_size": 8}
     wrapped = OffloadedKV(model, OffloadConfig(**settings, device_budget=budget))
     for chunk in (2048, 4096, 9000):
         one = OffloadedKV(model, wrapped.offload_config, prefill_chunk=chunk)
         logits = one.prefill(ids, one.new_cache())
-        error = (logits.float() - expected.float()).norm() / expected.float().norm()
-        assert error < 0.03
+        assert difference(logits, exact) < 1.5 * own + 0.01
     wrapped.unwrap()
 
 

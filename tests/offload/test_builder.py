@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wavekv.index import page_scatter
 from wavekv.kvstore import HostArena, KVLayout, MemoryBudget
-from wavekv.offload.builder import PageBuilder, build_segments
+from wavekv.offload.builder import PageBuilder, SegmentBatch, build_segments
 from wavekv.offload.paged import SegmentPages
 
 
@@ -44,9 +44,8 @@ def test_a_segment_holds_each_valid_token_with_its_key_and_value(
 
     def build():
         mask = None if valid is None else valid.to(device)
-        places = {"start": start, "page_ids": [ids], "first_page": first_page, "span_pages": 4}
-        places["block_pages"] = 1
-        return build_segments(keys, values, mask, arena=arena, length=S, **places)
+        segments = SegmentBatch(keys, values, mask, start, S, [ids], first_page)
+        return build_segments(segments, arena, 4, 1)
 
     (built,) = PageBuilder().submit(device, build).result()
     assert (built.start, built.length) == (start, S)

@@ -21,14 +21,14 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["index"]:
         # before torch comes: threads of OpenMP that spin while idle take the cores from the others
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if arguments[:1] not in (["index"], ["doctor"], ["estimate"]):
+    if arguments[:1] not in (["index"], ["doctor"], ["estimate"], ["bench"]):
         # not for these: it imports transformers, which takes seconds
         from wavekv.cli import demo
 
         demo.add_parser(commands)
-    from wavekv.cli import doctor, estimate, index
+    from wavekv.cli import bench, doctor, estimate, index
 
-    for command in (index, estimate, doctor):
+    for command in (index, estimate, doctor, bench):
         command.add_parser(commands)
     options = parser.parse_args(arguments)
     try:

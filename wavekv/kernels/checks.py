@@ -54,6 +54,22 @@ def expect_part(
     expect_inner(name, tensor, len(shape) - 1)
 
 
+def expect_part_of_rows(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, like: Tensor
+) -> None:
+    """The tensor [B, H, ...] is as `expect` wants, and contiguous but for its rows."""
+    if tensor.shape == shape and tensor.dtype == dtype and tensor.device == like.device:
+        size = 1
+        for length, stride in zip(shape[:1:-1], tensor.stride()[:1:-1], strict=True):
+            if stride != size and length > 1:
+                break
+            size *= length
+        else:
+            return
+    expect(name, tensor, shape, dtype, like=like)
+    expect_inner(name, tensor, len(shape) - 2)
+
+
 def expect_heads(name: str, tensor: Tensor, batch: int, kv_heads: int, last: int) -> None:
     """The tensor is [B, Hq, last] of a float dtype, and Hq is a multiple of Hkv."""
     shape = tensor.shape

@@ -7,13 +7,16 @@ Results carry no gradient. A wrong shape, dtype or device is a ValueError.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wavekv.kernels import checks, reference_levels
-from wavekv.kernels.page_index import PageIndex
+from wavekv.kernels.backend import uses_numba
+from wavekv.kernels.page_index import DTYPES, HIGH_BITS, LOW_BITS, MEAN_BITS, PageIndex
+from wavekv.kernels.planes import num_words
 
 
 class Scores(NamedTuple):
@@ -26,8 +29,8 @@ class Scores(NamedTuple):
     mixed: tuple[Tensor, Tensor]
     """The mixed query: codes [B, Hq, W] int8, W a multiple of 32, and [B, Hq] float32, the logit
     that a step of them is worth."""
-    block_logits: Tensor
-    """[B, Hq, N / K] float32 of the mean keys of blocks, before a soft cap."""
+    mean_logits: Tensor
+    """[B, Hq, N] float32 of the mean keys of pages, before a soft cap."""
 
 
 def score_levels(
@@ -42,17 +45,15 @@ def score_levels(
 
     The mean key of a page is that of its block plus its own mixed residual. For residuals, here and
     in `refine_levels`, the mixed query is rounded to int8: an error of at most 1/254 of its largest
-    component. query: [B, Hq, D] floats. index: of R = [B, Hkv] rows.
+    component. query: [B, Hq, D] floats. index: of R = [B, Hkv] rows, each part contiguous but for
+    these.
     """
     _check_index(index)
     B, Hkv, _, D = index.block_mean.shape
     checks.expect_heads("query", query, B, Hkv, D)
     checks.expect_softcap(softcap)
-    return Scores(
-        *reference_levels.score_levels(
-            query, index, scale=scale, softcap=softcap, use_variance=use_variance
-        )
-    )
+    run = _backend(query, index.counts).score_levels
+    return Scores(*run(query, index, scale=scale, softcap=softcap, use_variance=use_variance))
 
 
 def refine_levels(
@@ -68,19 +69,20 @@ def refine_levels(
 
     A mean hides a single key that fits the query among others that do not; codes of each key show
     it. The shift is the mean logit of the keys, before the cap, weighted by their mass, less the
-    plain mean. candidates: [B, Hkv, C] int64 pages in any order, none twice, -1 for nothing.
+    plain mean. index: the one that was scored. candidates: [B, Hkv, C] int64 pages in any order,
+    none twice, -1 for nothing.
     Returns new log masses and shifts; only those of candidates differ.
     """
-    _check_index(index)
     B, Hkv, N = index.counts.shape
     checks.expect_heads("log_mass", scores.log_mass, B, Hkv, N)
     checks.expect_shift(scores.shift, scores.log_mass)
     expected = (B, Hkv, candidates.shape[-1])
     checks.expect("candidates", candidates, expected, torch.int64, like=index.counts)
     checks.expect_softcap(softcap)
-    log_mass, shift = reference_levels.refine_levels(
+    run = _backend(scores.log_mass, candidates, index.counts).refine_levels
+    log_mass, shift = run(
         scores.mixed,
-        scores.block_logits,
+        scores.mean_logits,
         index,
         scores.log_mass,
         scores.shift,
@@ -104,52 +106,61 @@ def estimate_levels(
     """Estimate the attention over the pages that were not selected: see `wavekv.kernels.estimate`.
 
     A refined page stands for its tokens with its own mean value; for every other page that of its
-    block does. selected, refined: [B, Hkv, any] int64 pages in any order, -1 for nothing, twice
-    allowed. shift: [B, Hq, N] as from `score_levels`. slope: [B, Hq, S, D] as from `value_slope`;
-    page n belongs to span n // span_pages.
+    block does. index: the one that was scored. selected, refined: [B, Hkv, any] int64 pages in any
+    order, -1 for nothing, twice allowed. shift: [B, Hq, N] as from `score_levels`. slope: [B, Hq,
+    S, D] as from `value_slope`; page n belongs to span n // span_pages, of whole blocks.
     Returns the state: out [B, Hq, D], lse [B, Hq], float32.
     """
-    _check_index(index)
     B, Hkv, N = index.counts.shape
     checks.expect_heads("log_mass", log_mass, B, Hkv, N)
     for name, pages in (("selected", selected), ("refined", refined)):
         expected = (B, Hkv, pages.shape[-1])
         checks.expect(name, pages, expected, torch.int64, like=index.counts)
     if slope is not None:
-        if shift is None or span_pages < 1:
+        if shift is None or span_pages < 1 or span_pages % index.block_pages:
             raise ValueError(
-                "a slope needs the shift of each page and span_pages >= 1, got span_pages="
-                f"{span_pages} and {'no' if shift is None else 'a'} shift"
+                "a slope needs the shift of each page and span_pages a multiple of "
+                f"{index.block_pages}, got {span_pages} and {'no' if shift is None else 'a'} shift"
             )
         checks.expect_shift(shift, log_mass)
         wanted = (B, log_mass.shape[1], -(-N // span_pages), index.block_mean.shape[-1])
         checks.expect("slope", slope, wanted, torch.float32, like=index.counts)
-    return reference_levels.estimate_levels(
+    run = _backend(log_mass, selected, index.counts).estimate_levels
+    state: tuple[Tensor, Tensor] = run(
         log_mass, index, selected, refined, shift, slope, span_pages=span_pages
     )
+    return state
+
+
+def _backend(*tensors: Tensor) -> ModuleType:
+    """The module whose functions run for these tensors. numba loads on first use."""
+    if not uses_numba(*tensors):
+        return reference_levels
+    from wavekv.kernels import cpu_levels
+
+    return cpu_levels
 
 
 def _check_index(index: PageIndex) -> None:
     """The parts fit each other."""
     B, Hkv, N = index.counts.shape
     K, D, P = index.block_pages, index.block_mean.shape[-1], index.key_step.shape[-1]
-    blocks = N // K
-    expected = {
-        "counts": ((N,), torch.uint8),
-        "variance": ((N,), torch.uint8),
-        "mean": ((blocks, -(-D // 16), K, 4), torch.uint8),
-        "mean_step": ((N,), torch.uint8),
-        "value": ((N, D // 2), torch.uint8),
-        "value_step": ((N,), torch.uint8),
-        "high": ((N, -(-D // 16), P, 4), torch.uint8),
-        "low": ((N, -(-D // 32), P, 4), torch.uint8),
-        "key_step": ((N, P), torch.uint8),
-        "block_mean": ((blocks, D), torch.int8),
-        "block_mean_scale": ((blocks,), torch.float32),
-        "block_value": ((blocks, D // 2), torch.uint8),
-        "block_value_scale": ((blocks,), torch.float32),
+    blocks, high, low = N // K, num_words(D, HIGH_BITS), num_words(D, LOW_BITS)
+    page, block = (N,), (blocks,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "counts": page,
+        "variance": page,
+        "mean": (blocks, num_words(D, MEAN_BITS), K, 4),
+        "mean_step": page,
+        "value": (N, D // 2),
+        "value_step": page,
+        "high": (N, high, P, 4),
+        "low": (N, low, P, 4),
+        "key_step": (N, P),
+        "block_mean": (blocks, D),
+        "block_mean_scale": block,
+        "block_value": (blocks, D // 2),
+        "block_value_scale": block,
     }
-    for name, (shape, dtype) in expected.items():
-        part: Tensor = getattr(index, name)
-        checks.expect(name, part, (B, Hkv, *shape), dtype, like=index.counts)
-        checks.expect_inner(name, part, len(shape))
+    for (name, shape), part, dtype in zip(shapes.items(), index, DTYPES, strict=True):
+        checks.expect_part_of_rows(name, part, (B, Hkv, *shape), dtype, like=index.counts)

@@ -34,4 +34,14 @@ def mixing(size: int) -> Tensor:
 def mixing_on(device: torch.device, size: int) -> Tensor:
     """`mixing(size)` as float32 on a device: made once, not to be changed."""
     with torch.inference_mode(False):
-        return mixing(size).float().to(device)
+        matrix = mixing(size).float()
+    return constant_on(device, matrix)
+
+
+def constant_on(device: torch.device, values: Tensor) -> Tensor:
+    """A copy on a device that every stream may read."""
+    with torch.inference_mode(False):
+        copy = values.to(device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return copy

@@ -82,6 +82,15 @@ class PageIndex(NamedTuple):
         return self.mean.shape[-2]
 
 
+_NOT_BYTES = {
+    "block_mean": torch.int8,
+    "block_mean_scale": torch.float32,
+    "block_value_scale": torch.float32,
+}
+DTYPES = tuple(_NOT_BYTES.get(name, torch.uint8) for name in PageIndex._fields)
+"""Of each part of a `PageIndex`."""
+
+
 def pages_of_parts(block_pages: int) -> tuple[int, ...]:
     """For each part of a `PageIndex`, how many pages share one entry."""
     of_blocks = {"mean", *(name for name in PageIndex._fields if name.startswith("block_"))}

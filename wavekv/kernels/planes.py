@@ -16,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from wavekv.kernels.mixing import constant_on
+
 STEP_BIAS = 160
 """A step byte b > 0 is 2^((b - 160) / 8), from 1e-6 to 3757; 0 is 0."""
 _CLIPS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -36,16 +38,17 @@ def step_bytes(x: Tensor) -> Tensor:
 
 def steps_of(codes: Tensor) -> Tensor:
     """The numbers [...] float32 that bytes stand for."""
-    steps: Tensor = _table(codes.device)[codes.int()]
+    steps: Tensor = step_table(codes.device)[codes.int()]
     return steps
 
 
 @lru_cache
-def _table(device: torch.device) -> Tensor:
+def step_table(device: torch.device) -> Tensor:
+    """The numbers [256] float32 that the bytes stand for: made once, not to be changed."""
     with torch.inference_mode(False):
         steps = 2 ** ((torch.arange(256, dtype=torch.float64) - STEP_BIAS) / 8)
         steps[0] = 0
-        return steps.float().to(device)
+    return constant_on(device, steps.float())
 
 
 def quantise(rows: Tensor, *bits: int) -> tuple[Tensor, Tensor]:

@@ -46,12 +46,12 @@ def block_logits(query: Tensor, index: PageIndex, scale: float) -> Tensor:
 
 
 def mean_logits(mixed: Mixed, at_blocks: Tensor, index: PageIndex) -> Tensor:
-    """[B, Hkv, G, N] float32 logits, before a soft cap, of the mean keys of pages."""
+    """[B, Hq, N] float32 logits, before a soft cap, of the mean keys of pages."""
     codes, step = _by_head(mixed, index)
     D = index.block_mean.shape[-1]
     residual = codes[..., :D] @ mean_codes(index, D).mT * step.unsqueeze(-1)
     own = by_group(at_blocks, index.counts.shape[1]).repeat_interleave(index.block_pages, -1)
-    return own + residual * steps_of(index.mean_step).unsqueeze(2)
+    return (own + residual * steps_of(index.mean_step).unsqueeze(2)).flatten(1, 2)
 
 
 def score_levels(
@@ -63,29 +63,30 @@ def score_levels(
     use_variance: bool = True,
 ) -> tuple[Tensor, Tensor, Mixed, Tensor]:
     mixed, at_blocks = mix_query(query, scale), block_logits(query, index, scale)
+    x = mean_logits(mixed, at_blocks, index)
     square = (by_group(query, index.counts.shape[1]) * scale).square().sum(-1)
-    scored = moments(mixed, at_blocks, square, index, softcap, use_variance=use_variance)
-    return *scored, mixed, at_blocks
+    scored = moments(x, square, index, softcap, use_variance=use_variance)
+    return *scored, mixed, x
 
 
 def moments(
-    mixed: Mixed,
-    at_blocks: Tensor,
+    x: Tensor,
     query_square: Tensor,
     index: PageIndex,
     softcap: float | None,
     *,
     use_variance: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log mass and shift [B, Hq, N] by moments. query_square: [B, Hkv, G]."""
-    x = mean_logits(mixed, at_blocks, index)
+    """Log mass and shift [B, Hq, N] by moments. x: [B, Hq, N] logits of mean keys; query_square:
+    [B, Hkv, G]."""
     variance = steps_of(index.variance) if use_variance else None
+    x = by_group(x, index.counts.shape[1])
     return by_moments(x, query_square, variance, index.counts, softcap)
 
 
 def refine_levels(
     mixed: Mixed,
-    at_blocks: Tensor,
+    logits_of_means: Tensor,
     index: PageIndex,
     log_mass: Tensor,
     shift: Tensor,
@@ -114,7 +115,7 @@ def refine_levels(
     offset = torch.einsum("bhgd,bhcpd->bhgcp", codes[..., :D], residual)
     offset = offset * step[..., None, None]
     G = step.shape[2]
-    x = mean_logits(mixed, at_blocks, index).gather(3, at.unsqueeze(2).expand(-1, -1, G, -1))
+    x = by_group(logits_of_means, Hkv).gather(3, at.unsqueeze(2).expand(-1, -1, G, -1))
     count = of_candidates(index.counts).unsqueeze(2)
     P = index.key_step.shape[3]
     held = torch.arange(P, device=at.device) < count.unsqueeze(-1)

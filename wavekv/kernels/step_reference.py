@@ -42,7 +42,12 @@ from wavekv.kernels.step import (
     StepTotals,
     bin_base,
 )
-from wavekv.kernels.step_reference_shift import by_moments, mixed_query, shift_of_pages
+from wavekv.kernels.step_reference_shift import (
+    by_moments,
+    logits_of_means,
+    mixed_query,
+    shift_of_pages,
+)
 from wavekv.kernels.step_reference_states import attend, estimate, merge, value_slope
 
 __all__ = [
@@ -158,7 +163,7 @@ def refine(
     numbers = torch.arange(n, device=is_candidate.device)
     scratch.log_mass[..., :n], scratch.shift[..., :n] = refine_levels(
         mixed_query(scratch),
-        scratch.block_logits[..., : n // shape.block_pages],
+        logits_of_means(index, scratch, shape),
         index,
         scratch.log_mass[..., :n],
         scratch.shift[..., :n],

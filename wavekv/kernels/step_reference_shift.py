@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wavekv.kernels.page_index import PageIndex
-from wavekv.kernels.reference_levels import moments
+from wavekv.kernels.reference_levels import mean_logits, moments
 from wavekv.kernels.step import StepScratch, StepShape
 
 
@@ -15,12 +15,17 @@ def mixed_query(scratch: StepScratch) -> tuple[Tensor, Tensor]:
     return scratch.query_words.view(torch.int8), scratch.query_step[..., 0]
 
 
+def logits_of_means(index: PageIndex, scratch: StepScratch, shape: StepShape) -> Tensor:
+    """[B, Hq, n] of the mean keys of the n pages of an index, before a soft cap."""
+    at_blocks = scratch.block_logits[..., : index.counts.shape[2] // shape.block_pages]
+    return mean_logits(mixed_query(scratch), at_blocks, index)
+
+
 def by_moments(index: PageIndex, scratch: StepScratch, shape: StepShape) -> tuple[Tensor, Tensor]:
     """Log mass and shift [B, Hq, n] of the n pages of an index."""
-    n, (B, H) = index.counts.shape[2], index.counts.shape[:2]
+    B, H = index.counts.shape[:2]
     return moments(
-        mixed_query(scratch),
-        scratch.block_logits[..., : n // shape.block_pages],
+        logits_of_means(index, scratch, shape),
         scratch.query_square.view(B, H, -1),
         index,
         shape.softcap,

@@ -21,6 +21,7 @@ from wavekv.errors import CapacityError, LayoutError
 from wavekv.kvstore.ahead import ChunksAhead
 from wavekv.kvstore.budget import MemoryBudget
 from wavekv.kvstore.layout import KVLayout
+from wavekv.kvstore.pinned import pinned_empty
 
 CHUNK_BYTES = 64 << 20
 """A power of two: what a pinned allocation rounds up to anyway."""
@@ -268,4 +269,4 @@ class HostArena:
 
 def _new_chunk(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
     with torch.inference_mode(False):
-        return torch.empty(shape, dtype=dtype, pin_memory=pin)
+        return pinned_empty(shape, dtype) if pin else torch.empty(shape, dtype=dtype)

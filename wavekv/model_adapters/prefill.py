@@ -17,6 +17,7 @@ from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.prefill_plan import chunk_tokens, plan_prefill
 from wavekv.offload import LayerContext
 from wavekv.offload.runtime import PrefillPlan
+from wavekv.offload.together import page_out_together
 
 
 def prefill(
@@ -152,7 +153,7 @@ def _prefilling(cache: OffloadedCache, plan: PrefillPlan) -> Iterator[None]:
         runtime.is_prefilling = False
         for context in _contexts(cache):
             context.end_prefill()
-            context.page_out()
+        page_out_together(_contexts(cache))
     finally:
         runtime.is_prefilling, runtime.plan = False, None
         for context in _contexts(cache):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -137,29 +138,42 @@ def form_pages(
     return FormedPages(order, counts, paged_keys, paged_values, summary)
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentBatch:
+    """Tokens of c segments in a row, of one length S, that are built at once."""
+
+    keys: Tensor
+    """[B, Hkv, c * S, D]"""
+    values: Tensor
+    """[B, Hkv, c * S, D]"""
+    valid: Tensor | None
+    """[B, c * S] bool, or None for all."""
+    start: int
+    """The position of the first token."""
+    length: int
+    """S"""
+    page_ids: list[Tensor]
+    """Of each segment [B * Hkv * S / P], allocated in the arena."""
+    first_page: int
+    """The index that the first page will have in its zone."""
+
+
 def build_segments(
-    keys: Tensor,
-    values: Tensor,
-    valid: Tensor | None,
-    *,
-    start: int,
-    length: int,
+    batch: SegmentBatch,
     arena: HostArena,
-    page_ids: list[Tensor],
-    first_page: int,
     span_pages: int,
     block_pages: int,
+    *,
     resident: ResidentPages | None = None,
 ) -> list[SegmentPages]:
-    """Cluster the tokens [start, start + c * S) into pages, in c segments of length S at once, and
-    write them to the arena.
+    """Cluster the tokens of a batch into pages and write them to the arena.
 
-    keys, values: [B, Hkv, c * S, D]; valid: [B, c * S] bool, or None for all; page_ids: for each
-    segment [B * Hkv * S / P] allocated in the arena; first_page: the index that the first page will
-    have in its zone, whose spans are of `span_pages` and blocks of `block_pages`. resident: takes
-    the pages that are full in every sequence, as far as there is room. Cost: O(S log(S / P) D + S
-    D^2) a head and segment (see `balanced_pages`).
+    span_pages, block_pages: of the zone that they are for. resident: takes the pages that are full
+    in every sequence, as far as there is room. Cost: O(S log(S / P) D + S D^2) a head and segment
+    (see `balanced_pages`).
     """
+    keys, values, valid = batch.keys, batch.values, batch.valid
+    start, length, page_ids = batch.start, batch.length, batch.page_ids
     B, H = keys.shape[:2]
     count, num_pages = len(page_ids), length // arena.layout.page_size
     valid_rows = None if valid is None else _rows(valid[:, None].expand(-1, H, -1), count)
@@ -197,7 +211,7 @@ def build_segments(
             paged_keys[k].flatten(0, 1),
             paged_values[k].flatten(0, 1),
             device_counts[k].flatten(0, 1),
-            first_page=first_page + k * num_pages,
+            first_page=batch.first_page + k * num_pages,
             span_pages=span_pages,
         )
         segment = SegmentPages(

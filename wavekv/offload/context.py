@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from functools import partial, wraps
-from itertools import groupby
+from functools import wraps
+from itertools import chain, groupby
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from wavekv.errors import LayoutError
 from wavekv.index.retrieval import Logits
 from wavekv.index.segments import cut_segments
 from wavekv.offload.attention import State, add_attention_sink, attend_chunk, attend_step
-from wavekv.offload.builder import BATCH_BYTES, build_segments
+from wavekv.offload.builder import BATCH_BYTES, SegmentBatch, build_segments
 from wavekv.offload.counters import Counters
 from wavekv.offload.index_sizes import index_sizes
 from wavekv.offload.interrupts import uninterrupted
@@ -154,42 +154,55 @@ class LayerContext:
 
     def _page_out(self) -> None:
         """Start building pages of the oldest local tokens, if there are enough."""
+        batches = self.due()
+        if not batches:
+            return
+        arena, resident = self.paged.arena, self.paged.resident
+        sizes = self.paged.scatter.span_pages, self.paged.index.block_pages
+
+        def build() -> list[SegmentPages]:
+            parts = (build_segments(batch, arena, *sizes, resident=resident) for batch in batches)
+            return list(chain.from_iterable(parts))
+
+        try:
+            pending = self.runtime.builder.submit(self.steady.keys.view.device, build)
+        except BaseException:
+            self.paged.give_up()
+            raise
+        self.await_pages(batches, pending)
+
+    @_on_plain_tensors
+    def due(self) -> list[SegmentBatch]:
+        """The oldest local tokens, if there are enough, in segments to be built, with arena pages
+        for them. Nothing else is done to them yet: `await_pages` or `PagedZone.give_up` follows.
+
+        Raises:
+            CapacityError: the pages do not fit cpu_budget; nothing changed.
+        """
         lengths = self.segments_after(0)
         if not lengths:
-            return
+            return []
         self._reserve(lengths)
         self.steady.fill_sinks(self.runtime.config.num_sink_tokens)
-        jobs, first, num_pages = [], 0, self.paged.num_pages
+        batches, first, num_pages = [], 0, self.paged.num_pages
         try:
             for length, count in self._batches(lengths):
                 ids = [self.paged.allocate(self._num_pages(length)) for _ in range(count)]
                 keys, values, valid = self.steady.local(first, count * length)
-                job = partial(
-                    build_segments,
-                    keys,
-                    values,
-                    valid if self.steady.is_ragged else None,
-                    start=self.steady.start + first,
-                    length=length,
-                    arena=self.paged.arena,
-                    page_ids=ids,
-                    first_page=num_pages,
-                    span_pages=self.paged.scatter.span_pages,
-                    block_pages=self.paged.index.block_pages,
-                    resident=self.paged.resident,
-                )
-                jobs.append(job)
+                mask = valid if self.steady.is_ragged else None
+                start = self.steady.start + first
+                batches.append(SegmentBatch(keys, values, mask, start, length, ids, num_pages))
                 first += count * length
                 num_pages += count * (length // self.runtime.config.page_size)
-
-            def build() -> list[SegmentPages]:
-                return [segment for job in jobs for segment in job()]
-
-            self._pending = self.runtime.builder.submit(self.steady.keys.view.device, build)
         except BaseException:
             self.paged.give_up()
             raise
-        self._num_pending = first
+        return batches
+
+    def await_pages(self, batches: list[SegmentBatch], pending: Future[list[SegmentPages]]) -> None:
+        """Pages of what was `due` are being built; `settle` takes them in."""
+        self._pending = pending
+        self._num_pending = sum(len(batch.page_ids) * batch.length for batch in batches)
         if not self.runtime.is_prefilling:
             self.paged.arena.order_ahead(self._num_pages(self.runtime.config.append_segment))
 

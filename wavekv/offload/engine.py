@@ -67,6 +67,8 @@ class DecodeEngine:
         query = contexts[0].counters.last_query
         assert query is not None
         self.device = query.device
+        # what forwards of several tokens left
+        contexts[0].runtime.buffers.clear()
         self.start, self.num_tokens, self.num_pages = zone.start, zone.end, paged.num_pages
         self.first_token = self.num_tokens
         self.shape = engine_shape(contexts)

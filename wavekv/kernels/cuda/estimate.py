@@ -27,6 +27,8 @@ _DTYPES = {
 }
 _TILE = 64
 """Refined pages that are added at once."""
+_NARROW = 128
+"""Bytes of floats that half a value makes, up to which four warps hold a tile."""
 _LEAST_BLOCKS = 16
 """Blocks of pages in a product."""
 
@@ -208,13 +210,13 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
     """The states of all pages but the attended ones, as parts of `scratch.part_out`. The lists of
     `scratch.listed` are overwritten."""
     dtype, D, K = scratch.out.dtype, shape.head_dim, shape.block_pages
-    index = pages.summary
+    index, half_p = pages.summary, max(16, power_of_two(D // 2))
     options: dict[str, Any] = {
         "G": shape.group,
         "GP": power_of_two(shape.group),
         "D": D,
         "HALF": D // 2,
-        "HALF_P": max(16, power_of_two(D // 2)),
+        "HALF_P": half_p,
         "DTYPE": _DTYPES[dtype],
         "K": K,
         "BLOCKS": max(_LEAST_BLOCKS, shape.estimate_block // K),
@@ -232,7 +234,7 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         "SOFTCAP": shape.softcap is not None,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "HARDWARE": uses_hardware(scratch.out),
-        "num_warps": 4,
+        "num_warps": 4 if half_p * dtype.itemsize <= _NARROW else 8,
     }
     launch(
         _estimate,

@@ -34,14 +34,14 @@ _NEVER = 0x7FFFFFFF
 
 
 @triton.jit
-def _softmax_statistics(block_max, block_sum, at, held):
-    """The largest log mass [GP] of each head, and one over the sum of all masses."""
-    maxima = tl.load(block_max + at, mask=held, other=float("-inf"))
-    largest = tl.max(maxima, 1)
+def _softmax_statistics(maxima, sums, num, STATS: tl.constexpr):
+    """The largest log mass of a head, and one over the sum of all masses."""
+    i = tl.arange(0, STATS)
+    tops = tl.load(maxima + i, mask=i < num, other=float("-inf"))
+    parts = tl.load(sums + i, mask=i < num, other=0.0)
+    largest = tl.max(tops, 0)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
-    sums = tl.load(block_sum + at, mask=held, other=0.0)
-    total = tl.sum(sums * tl.exp(maxima - largest[:, None]), 1)
-    return largest, 1.0 / tl.maximum(total, 1e-30)
+    return largest, 1.0 / tl.maximum(tl.sum(parts * tl.exp(tops - largest), 0), 1e-30)
 
 
 @triton.jit
@@ -97,7 +97,6 @@ def _rank(
     threshold,
     N,
     G: tl.constexpr,
-    GP: tl.constexpr,
     K: tl.constexpr,
     STAGE: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -123,29 +122,30 @@ def _rank(
     num_pages = pages_in_use(counters, K)
     num_blocks = tl.cdiv(num_pages, BLOCK)
     if (block < num_blocks) | (block == 0):
-        g, part = tl.arange(0, GP), tl.arange(0, STATS)
-        is_head = g < G
         n = block * BLOCK + tl.arange(0, BLOCK)
         is_page = n < num_pages
-        keep = is_head[:, None] & is_page[None, :]
-        at = row * G * N + g[:, None] * N + n[None, :]
-        mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
-        if STAGE == 0:
-            # a mean hides the key that stands out: the shift says how far one may
-            if SOFTCAP:
-                mass += tl.load(shift + at, mask=keep, other=0.0)
-            elif USE_VARIANCE:
-                log_count = log_of(tl.load(counts + row * N + n, mask=is_page, other=0), HARDWARE)
-                root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0))
-                square = tl.load(query_square + row * G + g, mask=is_head, other=0.0)
-                deviation = tl.sqrt(square)[:, None] * root[None, :]
-                mass += deviation * reach_of(deviation, log_count[None, :])
-        held = is_head[:, None] & (part * STATS_BLOCK < num_pages)[None, :]
-        where = (row * G + g)[:, None] * STRIDE + part[None, :]
-        largest, worth = _softmax_statistics(block_max, block_sum, where, held)
-        weights = tl.exp2((mass - largest[:, None]) * 1.4426950408889634)
-        share = tl.sum(tl.where(keep, weights * worth[:, None], 0.0), 0)
-        is_alive = is_page & (tl.max(mass, 0) > float("-inf"))
+        if STAGE == 0 and USE_VARIANCE and not SOFTCAP:
+            log_count = log_of(tl.load(counts + row * N + n, mask=is_page, other=0), HARDWARE)
+            root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0))
+        top = tl.full([BLOCK], float("-inf"), tl.float32)
+        share = tl.zeros([BLOCK], tl.float32)
+        # head by head: all that belongs to a page is in one thread
+        for k in tl.static_range(G):
+            head = row * G + k
+            mass = tl.load(log_mass + head * N + n, mask=is_page, other=float("-inf"))
+            if STAGE == 0:
+                # a mean hides the key that stands out: the shift says how far one may
+                if SOFTCAP:
+                    mass += tl.load(shift + head * N + n, mask=is_page, other=0.0)
+                elif USE_VARIANCE:
+                    deviation = tl.sqrt(tl.load(query_square + head)) * root
+                    mass += deviation * reach_of(deviation, log_count)
+            maxima, sums = block_max + head * STRIDE, block_sum + head * STRIDE
+            num_stats = tl.cdiv(num_pages, STATS_BLOCK)
+            largest, worth = _softmax_statistics(maxima, sums, num_stats, STATS)
+            share += tl.exp2((mass - largest) * 1.4426950408889634) * worth
+            top = tl.maximum(top, mass)
+        is_alive = is_page & (top > float("-inf"))
         bits = tl.where(is_alive, share.to(tl.int32, bitcast=True), -1)
         tl.store(rank + row * N + n, bits, mask=is_page)
         bins = tl.minimum(tl.maximum((bits >> SHIFT) - BASE, 0), BINS - 1)
@@ -205,7 +205,6 @@ def rank_pages(
     stats_block = SCORE_BLOCK if stage == FIRST else COUNT_BLOCK
     options: dict[str, Any] = {
         "G": shape.group,
-        "GP": power_of_two(shape.group),
         "K": shape.block_pages,
         "STAGE": stage,
         "LIMIT": {FIRST: CANDIDATES, SECOND: FINALISTS}.get(stage, WIDE),
@@ -227,7 +226,6 @@ def rank_pages(
         "SOFTCAP": shape.softcap is not None,
         "HARDWARE": uses_hardware(scratch.rank),
         "num_warps": 8,
-        "maxnreg": 64,
     }
     launch(
         _rank,

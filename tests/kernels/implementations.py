@@ -10,8 +10,6 @@ import torch
 from wavekv.kernels import step_reference
 
 IMPLEMENTATIONS = ["torch", "triton"]
-PENDING: str | None = "the Triton kernels still read the index of one level"
-"""Why the kernels in Triton are not tested; None once they are."""
 
 
 def implementation(name: str) -> tuple[ModuleType, str]:
@@ -19,8 +17,6 @@ def implementation(name: str) -> tuple[ModuleType, str]:
     in its interpreter where there is no GPU."""
     if name == "torch":
         return step_reference, "cpu"
-    if PENDING:
-        pytest.skip(PENDING)
     pytest.importorskip("triton")
     kernels = pytest.importorskip("wavekv.kernels.cuda")
     return kernels, "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from implementations import PENDING
 from step_cases import Case, copied, make_case, run_step
 
 from wavekv.kernels import step_reference
@@ -16,7 +15,6 @@ from wavekv.kernels.step import CLOCK, END
 
 pytest.importorskip("triton")
 cuda = pytest.importorskip("wavekv.kernels.cuda")
-pytestmark = pytest.mark.skipif(PENDING is not None, reason=str(PENDING))
 
 DEVICES = ["cuda" if torch.cuda.is_available() else "cpu"]
 # the interpreter multiplies bfloat16 wrongly

@@ -39,7 +39,7 @@ NUM_BINS = 2048
 BIN_SHIFT = 17
 """Ranks are binned by the upper bits of their float32: 64 bins for each power of two, 32 powers."""
 
-SCORE_BLOCK = 128
+SCORE_BLOCK = 512
 """Pages that are scored together, with one pair of softmax statistics."""
 AGES = 256
 """Ages of slots that the pool tells apart, in steps; older ones are all as old."""

@@ -5,12 +5,13 @@ Importing this needs triton.
 """
 
 from wavekv.kernels.cuda.attend import attend, merge
-from wavekv.kernels.cuda.estimate import estimate, value_slope
+from wavekv.kernels.cuda.estimate import estimate
 from wavekv.kernels.cuda.rank import rank_pages
 from wavekv.kernels.cuda.refine import refine
 from wavekv.kernels.cuda.resolve import resolve
 from wavekv.kernels.cuda.score import score
 from wavekv.kernels.cuda.select import pick, select
+from wavekv.kernels.cuda.slope import value_slope
 from wavekv.kernels.cuda.transfer import fetch, store
 
 __all__ = [

@@ -1,12 +1,26 @@
-"""From the logit of a page's mean key to its log mass and shift: see `wavekv.kernels.score`."""
+"""From bytes of a page to numbers, and from the logit of its mean key to its log mass and shift:
+see `wavekv.kernels.planes` and `wavekv.kernels.score`."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _log(x, HARDWARE: tl.constexpr):
-    """The logarithm of numbers from one on, good to 2e-7."""
+def step_of(code):
+    """The numbers that step bytes stand for."""
+    return tl.where(code == 0, 0.0, tl.exp2(code.to(tl.float32) * 0.125 - 20.0))
+
+
+@triton.jit
+def root_of(code):
+    """Their square roots."""
+    return tl.where(code == 0, 0.0, tl.exp2(code.to(tl.float32) * 0.0625 - 10.0))
+
+
+@triton.jit
+def log_of(count, HARDWARE: tl.constexpr):
+    """The logarithm of counts, 0 for none; good to 2e-7."""
+    x = tl.maximum(count.to(tl.float32), 1.0)
     if HARDWARE:
         log2 = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -18,36 +32,41 @@ def _log(x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def moments(
-    x,
-    query_square,
-    variance,
-    count,
-    softcap,
-    USE_VARIANCE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
-    """log_mass and shift [G, n] from mean logits x [G, n], |q|^2 [G], variance [n], count [n]."""
-    log_count = _log(tl.maximum(count, 1).to(tl.float32), HARDWARE)
-    bend = 1.0
-    if SOFTCAP:
-        capped = 2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0
-        x = softcap * capped
-        bend = 1.0 - capped * capped
-    log_mass = log_count[None, :] + x
+def capped(x, softcap):
+    """softcap * tanh(x / softcap)."""
+    return softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)
+
+
+@triton.jit
+def reach_of(deviation, log_count):
+    """How far from the mean the logits that make the mass lie, of ones that deviate so much."""
+    # no key lies further out than one of so many may: there the mass grows as that key's
+    return tl.minimum(deviation, tl.sqrt(2.0 * log_count))
+
+
+@triton.jit
+def mass_beyond(deviation, reach):
+    """What the variance adds to the log mass."""
+    return reach * (deviation - 0.5 * reach)
+
+
+@triton.jit
+def moments(x, deviation, log_count, softcap, USE_VARIANCE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Log mass and shift of pages with mean logits x, whose keys' logits deviate from them by
+    `deviation` before the cap."""
     shift = x * 0.0
+    bent = deviation
+    if SOFTCAP:
+        x = capped(x, softcap)
+        share = x / softcap
+        # the derivative of the cap
+        bent = deviation * (1.0 - share * share)
+    log_mass = log_count + x
     if USE_VARIANCE:
-        # roots of each factor, so that no root is taken for each head and page
-        deviation = tl.sqrt(query_square)[:, None] * tl.sqrt(variance)[None, :]
-        spread = deviation * bend
-        # no key lies further out than one of so many may: there the mass grows as that key's
-        furthest = tl.sqrt(2.0 * log_count)[None, :]
-        reach = tl.minimum(spread, furthest)
-        log_mass += reach * (spread - 0.5 * reach)
+        reach = reach_of(bent, log_count)
+        log_mass += mass_beyond(bent, reach)
         shift = deviation * reach
-    is_empty = (count <= 0)[None, :]
-    return tl.where(is_empty, float("-inf"), log_mass), tl.where(is_empty, 0.0, shift)
+    return log_mass, shift
 
 
 @triton.jit

@@ -6,17 +6,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from wavekv.kernels.cuda.launch import launch, power_of_two
+from wavekv.kernels.cuda.in_use import pages_in_use
+from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
+from wavekv.kernels.cuda.moments import log_of, reach_of, root_of
 from wavekv.kernels.step import (
     BIN_SHIFT,
     CANDIDATES,
     COUNT_BLOCK,
+    FINALISTS,
+    FIRST,
     MOST,
     NUM_BINS,
+    REFINED,
     SAMPLE,
     SAMPLED_PAGES,
     SCORE_BLOCK,
+    SECOND,
     WIDE,
+    StepPages,
     StepScratch,
     StepShape,
     bin_base,
@@ -27,11 +34,61 @@ _NEVER = 0x7FFFFFFF
 
 
 @triton.jit
+def _softmax_statistics(maxima, sums, num, STATS: tl.constexpr):
+    """The largest log mass of a head, and one over the sum of all masses."""
+    i = tl.arange(0, STATS)
+    tops = tl.load(maxima + i, mask=i < num, other=float("-inf"))
+    parts = tl.load(sums + i, mask=i < num, other=0.0)
+    largest = tl.max(tops, 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    return largest, 1.0 / tl.maximum(tl.sum(parts * tl.exp(tops - largest), 0), 1e-30)
+
+
+@triton.jit
+def _is_counted(
+    bits,
+    n,
+    is_page,
+    row,
+    num_pages,
+    status,
+    threshold,
+    N,
+    STAGE,
+    ROWS,
+    NEVER,
+    REFINED,
+    SAMPLED,
+    SAMPLE,
+):
+    """Which pages tell where the wanted ones begin."""
+    is_counted = is_page & (bits >= 0)
+    if STAGE == 0:
+        # of many pages a sample does
+        every = tl.where(num_pages >= SAMPLED, SAMPLE, 1)
+        is_counted = is_counted & (n % every == 0)
+    else:
+        # the best few of all are among those that were ranked again, or nearly so; were there too
+        # few, all would be listed
+        least = tl.load(threshold + (STAGE - 1) * ROWS + row)
+        if STAGE == 1:
+            mark = tl.load(status + row * N + n, mask=is_page, other=0)
+            is_counted = is_counted & ((mark == REFINED) | (least == NEVER))
+        else:
+            is_counted = is_counted & ((bits >= least) | (least == NEVER))
+    return is_counted
+
+
+@triton.jit
 def _rank(
     counters,
     limits,
+    counts,
+    variance,
+    query_square,
     log_mass,
     shift,
+    status,
     block_max,
     block_sum,
     rank,
@@ -40,115 +97,141 @@ def _rank(
     threshold,
     N,
     G: tl.constexpr,
-    GP: tl.constexpr,
-    PART: tl.constexpr,
+    K: tl.constexpr,
+    STAGE: tl.constexpr,
     LIMIT: tl.constexpr,
-    MOST_LIMIT: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+    MOST: tl.constexpr,
     ROWS: tl.constexpr,
     BINS: tl.constexpr,
     SHIFT: tl.constexpr,
     BASE: tl.constexpr,
     NEVER: tl.constexpr,
+    REFINED: tl.constexpr,
     SAMPLED: tl.constexpr,
     SAMPLE: tl.constexpr,
     STATS: tl.constexpr,
     STATS_BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    USE_VARIANCE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     num_blocks = tl.cdiv(num_pages, BLOCK)
     if (block < num_blocks) | (block == 0):
-        g = tl.arange(0, GP)
-        is_head = g < G
-        # the softmax statistics of all pages
-        part = tl.arange(0, STATS)
-        held = is_head[:, None] & (part * STATS_BLOCK < num_pages)[None, :]
-        at = (row * G + g)[:, None] * STRIDE + part[None, :]
-        maxima = tl.load(block_max + at, mask=held, other=float("-inf"))
-        largest = tl.max(maxima, 1)
-        largest = tl.where(largest == float("-inf"), 0.0, largest)
-        sums = tl.load(block_sum + at, mask=held, other=0.0)
-        total = tl.sum(sums * tl.exp(maxima - largest[:, None]), 1)
-        # the rank of this block's pages
         n = block * BLOCK + tl.arange(0, BLOCK)
         is_page = n < num_pages
-        keep = is_head[:, None] & is_page[None, :]
-        at = (row * G + g)[:, None] * N + n[None, :]
-        mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
-        if PART == 0:
-            # a mean hides the key that stands out: the shift says how far one may
-            mass += tl.load(shift + at, mask=keep, other=0.0)
-        share = tl.exp(mass - largest[:, None]) * (1.0 / tl.maximum(total, 1e-30))[:, None]
-        share = tl.sum(tl.where(keep, share, 0.0), 0)
-        is_alive = is_page & (tl.max(mass, 0) > float("-inf"))
+        if STAGE == 0 and USE_VARIANCE and not SOFTCAP:
+            log_count = log_of(tl.load(counts + row * N + n, mask=is_page, other=0), HARDWARE)
+            root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0))
+        top = tl.full([BLOCK], float("-inf"), tl.float32)
+        share = tl.zeros([BLOCK], tl.float32)
+        # head by head: all that belongs to a page is in one thread
+        for k in tl.static_range(G):
+            head = row * G + k
+            mass = tl.load(log_mass + head * N + n, mask=is_page, other=float("-inf"))
+            if STAGE == 0:
+                # a mean hides the key that stands out: the shift says how far one may
+                if SOFTCAP:
+                    mass += tl.load(shift + head * N + n, mask=is_page, other=0.0)
+                elif USE_VARIANCE:
+                    deviation = tl.sqrt(tl.load(query_square + head)) * root
+                    mass += deviation * reach_of(deviation, log_count)
+            maxima, sums = block_max + head * STRIDE, block_sum + head * STRIDE
+            num_stats = tl.cdiv(num_pages, STATS_BLOCK)
+            largest, worth = _softmax_statistics(maxima, sums, num_stats, STATS)
+            share += tl.exp2((mass - largest) * 1.4426950408889634) * worth
+            top = tl.maximum(top, mass)
+        is_alive = is_page & (top > float("-inf"))
         bits = tl.where(is_alive, share.to(tl.int32, bitcast=True), -1)
         tl.store(rank + row * N + n, bits, mask=is_page)
         bins = tl.minimum(tl.maximum((bits >> SHIFT) - BASE, 0), BINS - 1)
-        here = histogram + (PART * ROWS + row) * BINS
-        if PART == 0:
-            # of many pages a sample shows where the candidates begin
-            every = tl.where(num_pages >= SAMPLED, SAMPLE, 1)
-            is_counted = is_alive & (n % every == 0)
-        else:
-            # the best few of all are among those that were candidates, or nearly so; were there too
-            # few, all would be listed
-            least = tl.load(threshold + row)
-            is_counted = is_alive & ((bits >= least) | (least == NEVER))
+        here = histogram + (STAGE * ROWS + row) * BINS
+        is_counted = _is_counted(
+            bits,
+            n,
+            is_page,
+            row,
+            num_pages,
+            status,
+            threshold,
+            N,
+            STAGE,
+            ROWS,
+            NEVER,
+            REFINED,
+            SAMPLED,
+            SAMPLE,
+        )
         tl.atomic_add(here + bins, 1, mask=is_counted, sem="relaxed")
         # the block that comes last knows all bins
         tl.debug_barrier()
-        ticket = tl.atomic_add(arrived + PART * ROWS + row, 1, sem="acq_rel")
+        ticket = tl.atomic_add(arrived + STAGE * ROWS + row, 1, sem="acq_rel")
         if ticket >= num_blocks - 1:
             wanted = tl.load(limits + LIMIT)
-            if PART == 0:
-                wanted = tl.maximum(wanted // tl.where(num_pages >= SAMPLED, SAMPLE, 1), 1)
+            if STAGE == 0:
+                wanted = wanted // tl.where(num_pages >= SAMPLED, SAMPLE, 1)
+            wanted = tl.maximum(wanted, 1)
             b = tl.arange(0, BINS)
             counted = tl.load(here + b, cache_modifier=".cg")
             above = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted
             # the highest bin with enough ranks in it and above
             last = tl.max(tl.where(above >= wanted, b, 0), 0)
             least = tl.where(last == 0, 0, (last + BASE) << SHIFT)
-            if PART == 0:
+            if STAGE < 2:
                 # none are ranked again where none are wanted, or where all are chosen
-                is_needless = (tl.load(limits + LIMIT) == 0) | (
-                    tl.load(limits + MOST_LIMIT) >= num_pages
+                is_needless = (tl.load(limits + CANDIDATES) == 0) | (
+                    tl.load(limits + MOST) >= num_pages
                 )
                 least = tl.where(is_needless, NEVER, least)
-            tl.store(threshold + PART * ROWS + row, least)
+            tl.store(threshold + STAGE * ROWS + row, least)
 
 
 def rank_pages(
-    counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepShape, *, is_final: bool
+    pages: StepPages,
+    counters: Tensor,
+    limits: Tensor,
+    scratch: StepScratch,
+    shape: StepShape,
+    *,
+    stage: int,
 ) -> None:
     """The rank of each page, and the least rank of the bin that holds the last one wanted: for
-    candidates by log mass + shift, at the end by log mass."""
-    stride = scratch.block_max.shape[2]
-    stats_block = COUNT_BLOCK if is_final else SCORE_BLOCK
+    candidates by log mass + shift, then by log mass."""
+    index = pages.summary
+    stats_block = SCORE_BLOCK if stage == FIRST else COUNT_BLOCK
     options: dict[str, Any] = {
         "G": shape.group,
-        "GP": power_of_two(shape.group),
-        "PART": int(is_final),
-        "LIMIT": WIDE if is_final else CANDIDATES,
-        "MOST_LIMIT": MOST,
+        "K": shape.block_pages,
+        "STAGE": stage,
+        "LIMIT": {FIRST: CANDIDATES, SECOND: FINALISTS}.get(stage, WIDE),
+        "CANDIDATES": CANDIDATES,
+        "MOST": MOST,
         "ROWS": shape.rows,
         "BINS": NUM_BINS,
         "SHIFT": BIN_SHIFT,
         "BASE": bin_base(shape.group),
         "NEVER": _NEVER,
+        "REFINED": REFINED,
         "SAMPLED": SAMPLED_PAGES,
         "SAMPLE": SAMPLE,
         "STATS": power_of_two(triton.cdiv(shape.capacity, stats_block)),
         "STATS_BLOCK": stats_block,
-        "STRIDE": stride,
+        "STRIDE": scratch.block_max.shape[2],
         "BLOCK": _BLOCK,
+        "USE_VARIANCE": shape.tail == "second",
+        "SOFTCAP": shape.softcap is not None,
+        "HARDWARE": uses_hardware(scratch.rank),
         "num_warps": 8,
     }
     launch(
         _rank,
         (triton.cdiv(shape.capacity, _BLOCK), shape.rows),
-        *(counters, limits, scratch.log_mass, scratch.shift),
+        *(counters, limits, index.counts, index.variance, scratch.query_square),
+        *(scratch.log_mass, scratch.shift, scratch.status),
         *(scratch.block_max, scratch.block_sum, scratch.rank),
         *(scratch.histogram, scratch.arrived, scratch.threshold, shape.capacity),
         **options,

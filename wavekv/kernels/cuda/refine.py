@@ -7,83 +7,77 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavekv.kernels.cuda.candidates import list_candidates, sum_masses
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import softmax_sum
-from wavekv.kernels.step import COUNT_BLOCK, StepPages, StepScratch, StepShape
+from wavekv.kernels.cuda.moments import capped, log_of, mass_beyond, reach_of, root_of, step_of
+from wavekv.kernels.cuda.products import HEADS, of_head, plane_products
+from wavekv.kernels.page_index import HIGH_BITS, LOW_BITS, MEAN_BITS
+from wavekv.kernels.step import COUNT_BLOCK, FIRST, SECOND, StepPages, StepScratch, StepShape
 
-_HEADS = 4
-"""Query heads that share one pass over the codes; larger groups take several."""
 _BLOCK = 16
 """Candidates of one warp: nothing in it waits for other warps."""
 _WARPS = 1
-
-
-@triton.jit
-def _four_products(codes, query_words, total, DP4A: tl.constexpr):
-    """total + the sum of four products: unsigned bytes of codes with signed bytes of a query."""
-    if DP4A:
-        total = tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;",
-            "=r,r,r,r",
-            [codes, query_words + codes * 0, total],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        for i in tl.static_range(4):
-            # the sign comes back by shifting up and down
-            total += ((codes >> (8 * i)) & 255) * ((query_words << (24 - 8 * i)) >> 24)
-    return total
-
-
-@triton.jit
-def _add_products(
-    low, high, total, query_words, head, group, G: tl.constexpr, GROUPS, DP4A: tl.constexpr
-):
-    """Add what one word of each half of the codes gives with the query of one head."""
-    # heads beyond the group are computed and not used
-    at = query_words + tl.minimum(head, G - 1) * 2 * GROUPS + group
-    total = _four_products(low, tl.load(at), total, DP4A)
-    return _four_products(high, tl.load(at + GROUPS), total, DP4A)
+_PROGRAMS = {FIRST: 16, SECOND: 8}
+"""Programs that share the candidates of `COUNT_BLOCK` pages: about as many as have something to do,
+where one page in four is a candidate, and one in sixteen a finalist."""
 
 
 @triton.jit
 def _refine_head(
     products,
+    at_mean,
     head,
     query_step,
-    mean_logits,
+    query_square,
+    block_logits,
     log_mass,
     shift,
     n,
     is_candidate,
     held,
-    step,
+    key_step,
+    mean_step,
+    root,
+    log_count,
     count,
     N,
+    K: tl.constexpr,
+    MIDDLE: tl.constexpr,
     softcap,
+    BY_MASS: tl.constexpr,
+    USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
+    """Log mass and shift of candidates for one head, from its products with their keys [BLOCK, PP]
+    and their mean keys [BLOCK]."""
     worth, shifted = tl.load(query_step + head * 2), tl.load(query_step + head * 2 + 1)
-    offset = (products.to(tl.float32) - 8.0 * shifted) * step * worth
+    # codes stand for what they are above the middle one
+    offset = (products.to(tl.float32) - MIDDLE * shifted) * (key_step * worth)
     offset = tl.where(held, offset, 0.0)
-    plain = tl.sum(offset, 1) / tl.maximum(count, 1).to(tl.float32)
-    offset -= plain[:, None]
-    x = tl.load(mean_logits + head * N + n, mask=is_candidate, other=0.0)
+    own = head * N + n
+    if BY_MASS:
+        # the log mass by moments, less all but the logit of the mean key
+        x = tl.load(log_mass + own, mask=is_candidate, other=0.0) - log_count
+        if USE_VARIANCE:
+            deviation = tl.sqrt(tl.load(query_square + head)) * root
+            x -= mass_beyond(deviation, reach_of(deviation, log_count))
+    else:
+        x = tl.load(block_logits + head * (N // K) + n // K, mask=is_candidate, other=0.0)
+        x += (at_mean.to(tl.float32) - 1.5 * shifted) * (mean_step * worth)
     logits = offset + x[:, None]
     if SOFTCAP:
-        logits = softcap * (2.0 * tl.sigmoid(2.0 * logits / softcap) - 1.0)
+        logits = capped(logits, softcap)
     logits = tl.where(held, logits, float("-inf"))
     top = tl.max(logits, 1)
     top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp(logits - top[:, None])
     weight = tl.maximum(tl.sum(weights, 1), 1e-30)
-    mass = top + tl.log(weight)
     # an empty page keeps its mass of nothing
     is_refined = is_candidate & (count > 0)
-    tl.store(log_mass + head * N + n, mass, mask=is_refined)
-    tl.store(shift + head * N + n, tl.sum(weights * offset, 1) / weight, mask=is_refined)
+    tl.store(log_mass + own, top + tl.log(weight), mask=is_refined)
+    plain = tl.sum(offset, 1) / tl.maximum(count.to(tl.float32), 1.0)
+    lean = tl.sum(weights * offset, 1) / weight - plain
+    tl.store(shift + own, lean, mask=is_refined)
 
 
 @triton.jit
@@ -92,172 +86,160 @@ def _refine(
     block_count,
     listed,
     counts,
-    codes,
-    code_scale,
-    page_scale,
+    variance,
+    mean,
+    mean_step,
+    high,
+    low,
+    key_step,
     query_words,
     query_step,
-    mean_logits,
+    query_square,
+    block_logits,
     log_mass,
     shift,
     N,
     softcap,
     G: tl.constexpr,
     HEADS: tl.constexpr,
+    K: tl.constexpr,
     P: tl.constexpr,
     PP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    MEAN_WORDS: tl.constexpr,
+    MEAN_BITS: tl.constexpr,
+    HIGH_WORDS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    LOW_WORDS: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    W: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    USE_LOW: tl.constexpr,
+    BY_MASS: tl.constexpr,
+    USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    DP4A: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
-    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    CHUNKS: tl.constexpr = COUNTED // BLOCK
-    block, first_of_chunk = chunk // CHUNKS, (chunk % CHUNKS) * BLOCK
-    blocks = tl.cdiv(N, COUNTED)
+    program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # of what all bits stand for, in steps, the middle
+    MIDDLE: tl.constexpr = (
+        (2 ** (HIGH_BITS + LOW_BITS) - 1) / 2 if USE_LOW else ((2**HIGH_BITS - 1) / 2 * 2**LOW_BITS)
+    )
+    block, start = program // PROGRAMS, (program % PROGRAMS) * BLOCK
     if block * COUNTED < tl.load(counters + 2):
-        num_listed = tl.load(block_count + row * blocks + block)
-        if first_of_chunk < num_listed:
+        num_listed = tl.load(block_count + row * tl.cdiv(N, COUNTED) + block)
+        while start < num_listed:
             p = tl.arange(0, PP)
-            i = first_of_chunk + tl.arange(0, BLOCK)
+            i = start + tl.arange(0, BLOCK)
             is_candidate = i < num_listed
             # each block's list begins where the block does
             n = tl.load(listed + row * N + block * COUNTED + i, mask=is_candidate, other=0)
-            at = row * N + n
-            count = tl.load(counts + at, mask=is_candidate, other=0)
+            count = tl.load(counts + row * N + n, mask=is_candidate, other=0)
             held = is_candidate[:, None] & (p[None, :] < count[:, None])
-            share = tl.load(code_scale + at[:, None] * P + p[None, :], mask=held, other=0)
-            step = tl.load(page_scale + at, mask=is_candidate, other=0.0)
-            step = step[:, None] * share.to(tl.float32) / 255.0
-            # [BLOCK, PP] words of four bytes; those of one key lie P apart
-            words = codes + at[:, None] * (GROUPS * P) + p[None, :]
+            steps = key_step + row * N * P + n[:, None] * P + p[None, :]
+            step = step_of(tl.load(steps, mask=held, other=0))
+            log_count = log_of(count, HARDWARE)
+            root, own_step = log_count, log_count
+            if BY_MASS:
+                if USE_VARIANCE:
+                    root = root_of(tl.load(variance + row * N + n, mask=is_candidate, other=0))
+            else:
+                own_step = step_of(tl.load(mean_step + row * N + n, mask=is_candidate, other=0))
             wanted = is_candidate[:, None] & (p[None, :] < P)
+            # words of four bytes; those of one key lie P apart, those of one mean key K
+            highs = high + row * N * (HIGH_WORDS * P) + n[:, None] * (HIGH_WORDS * P) + p[None, :]
+            lows = low + row * N * (LOW_WORDS * P) + n[:, None] * (LOW_WORDS * P) + p[None, :]
+            means = mean + row * N * MEAN_WORDS + (n // K) * (MEAN_WORDS * K) + n % K
+            zero, none = tl.zeros([BLOCK, PP], tl.int32), tl.zeros([BLOCK], tl.int32)
             for first in tl.static_range(0, G, HEADS):
-                a = tl.zeros([BLOCK, PP], tl.int32)
-                b = tl.zeros([BLOCK, PP], tl.int32)
-                c = tl.zeros([BLOCK, PP], tl.int32)
-                d = tl.zeros([BLOCK, PP], tl.int32)
-                here = query_words + row * G * 2 * GROUPS
-                for w in tl.static_range(GROUPS):
-                    both = tl.load(words + w * P, mask=wanted, other=0)
-                    low, high = both & 0x0F0F0F0F, (both >> 4) & 0x0F0F0F0F
-                    a = _add_products(low, high, a, here, first, w, G, GROUPS, DP4A)
-                    if first + 1 < G:
-                        b = _add_products(low, high, b, here, first + 1, w, G, GROUPS, DP4A)
-                    if first + 2 < G:
-                        c = _add_products(low, high, c, here, first + 2, w, G, GROUPS, DP4A)
-                    if first + 3 < G:
-                        d = _add_products(low, high, d, here, first + 3, w, G, GROUPS, DP4A)
-                for k in tl.static_range(HEADS):
-                    if first + k < G:
-                        products = a
-                        if k == 1:
-                            products = b
-                        if k == 2:
-                            products = c
-                        if k == 3:
-                            products = d
-                        _refine_head(
-                            products,
-                            row * G + first + k,
-                            query_step,
-                            mean_logits,
-                            log_mass,
-                            shift,
-                            n,
-                            is_candidate,
-                            held,
-                            step,
-                            count,
-                            N,
-                            softcap,
-                            SOFTCAP,
-                        )
-
-
-@triton.jit
-def _candidates(counters, rank, threshold, block_count, listed, N, BLOCK: tl.constexpr):
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
-    if block * BLOCK < num_pages:
-        n = block * BLOCK + tl.arange(0, BLOCK)
-        bits = tl.load(rank + row * N + n, mask=n < num_pages, other=-1)
-        is_candidate = bits >= tl.load(threshold + row)
-        order = tl.cumsum(is_candidate.to(tl.int32), 0) - 1
-        tl.store(listed + row * N + block * BLOCK + order, n, mask=is_candidate)
-        num_listed = tl.sum(is_candidate.to(tl.int32), 0)
-        tl.store(block_count + row * tl.cdiv(N, BLOCK) + block, num_listed)
-
-
-@triton.jit
-def _sums(
-    counters,
-    log_mass,
-    block_max,
-    block_sum,
-    N,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
-    if block * BLOCK < num_pages:
-        n = block * BLOCK + tl.arange(0, BLOCK)
-        g = tl.arange(0, GP)
-        keep = (g < G)[:, None] & (n < num_pages)[None, :]
-        at = (row * G + g)[:, None] * N + n[None, :]
-        largest, total = softmax_sum(tl.load(log_mass + at, mask=keep, other=float("-inf")))
-        to = (row * G + g) * STRIDE + block
-        tl.store(block_max + to, largest, mask=g < G)
-        tl.store(block_sum + to, total, mask=g < G)
+                num: tl.constexpr = min(HEADS, G - first)
+                here = query_words + (row * G + first) * W
+                a, b, c, d = plane_products(
+                    *(highs, P, wanted, here, zero, zero, zero, zero),
+                    *(num, HIGH_WORDS, W, HIGH_BITS, HARDWARE),
+                )
+                a, b, c, d = a << LOW_BITS, b << LOW_BITS, c << LOW_BITS, d << LOW_BITS
+                if USE_LOW:
+                    a, b, c, d = plane_products(
+                        *(lows, P, wanted, here, a, b, c, d),
+                        *(num, LOW_WORDS, W, LOW_BITS, HARDWARE),
+                    )
+                q, r, s, t = none, none, none, none
+                if not BY_MASS:
+                    q, r, s, t = plane_products(
+                        *(means, K, is_candidate, here, none, none, none, none),
+                        *(num, MEAN_WORDS, W, MEAN_BITS, HARDWARE),
+                    )
+                for k in tl.static_range(num):
+                    _refine_head(
+                        of_head(a, b, c, d, k),
+                        of_head(q, r, s, t, k),
+                        row * G + first + k,
+                        query_step,
+                        query_square,
+                        block_logits,
+                        log_mass,
+                        shift,
+                        n,
+                        is_candidate,
+                        held,
+                        step,
+                        own_step,
+                        root,
+                        log_count,
+                        count,
+                        N,
+                        K,
+                        MIDDLE,
+                        softcap,
+                        BY_MASS,
+                        USE_VARIANCE,
+                        SOFTCAP,
+                    )
+            start += PROGRAMS * BLOCK
 
 
 def refine(
-    query: Tensor, pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape
+    pages: StepPages, counters: Tensor, scratch: StepScratch, shape: StepShape, *, stage: int
 ) -> None:
-    """Replace log mass and shift of the candidates by what the codes of their keys give, with the
-    softmax statistics of all log masses. query: as given to `score`, which has rounded it."""
-    N, stride = shape.capacity, scratch.block_max.shape[2]
-    blocks = triton.cdiv(N, COUNT_BLOCK)
-    launch(
-        _candidates,
-        (blocks, shape.rows),
-        *(counters, scratch.rank, scratch.threshold, scratch.block_count, scratch.listed, N),
-        BLOCK=COUNT_BLOCK,
-        num_warps=8,
-    )
+    """Log mass and shift of the pages whose rank reaches `threshold[stage]`, by the high plane of
+    the codes of their keys in the `FIRST` stage, by both planes in the `SECOND`; with the softmax
+    statistics of all log masses."""
+    list_candidates(counters, scratch, shape, stage)
+    index, N = pages.summary, shape.capacity
     options: dict[str, Any] = {
         "G": shape.group,
-        "HEADS": _HEADS,
+        "HEADS": HEADS,
+        "K": shape.block_pages,
         "P": shape.page_size,
         "PP": power_of_two(shape.page_size),
-        "GROUPS": pages.codes.shape[3],
+        "MEAN_WORDS": index.mean.shape[3],
+        "MEAN_BITS": MEAN_BITS,
+        "HIGH_WORDS": index.high.shape[3],
+        "HIGH_BITS": HIGH_BITS,
+        "LOW_WORDS": index.low.shape[3],
+        "LOW_BITS": LOW_BITS,
+        "W": scratch.query_words.shape[2],
         "BLOCK": _BLOCK,
         "COUNTED": COUNT_BLOCK,
+        "PROGRAMS": _PROGRAMS[stage],
+        "USE_LOW": stage == SECOND,
+        # a cap cannot be undone
+        "BY_MASS": stage == FIRST and shape.softcap is None,
+        "USE_VARIANCE": shape.tail == "second",
         "SOFTCAP": shape.softcap is not None,
-        "DP4A": uses_hardware(query),
+        "HARDWARE": uses_hardware(scratch.rank),
         "num_warps": _WARPS,
     }
     launch(
         _refine,
-        (blocks * (COUNT_BLOCK // _BLOCK), shape.rows),
-        *(counters, scratch.block_count, scratch.listed, pages.counts),
-        *(pages.codes.view(torch.int32), pages.code_scale, pages.page_scale),
-        *(scratch.query_words, scratch.query_step, scratch.mean_logits),
-        *(scratch.log_mass, scratch.shift),
-        *(N, shape.softcap or 1.0),
+        (triton.cdiv(N, COUNT_BLOCK) * _PROGRAMS[stage], shape.rows),
+        *(counters, scratch.block_count, scratch.listed, index.counts, index.variance),
+        *(index.mean.view(torch.int32), index.mean_step),
+        *(index.high.view(torch.int32), index.low.view(torch.int32), index.key_step),
+        *(scratch.query_words, scratch.query_step, scratch.query_square, scratch.block_logits),
+        *(scratch.log_mass, scratch.shift, N, shape.softcap or 1.0),
         **options,
     )
-    launch(
-        _sums,
-        (blocks, shape.rows),
-        *(counters, scratch.log_mass, scratch.block_max, scratch.block_sum, N),
-        G=shape.group,
-        GP=power_of_two(shape.group),
-        BLOCK=COUNT_BLOCK,
-        STRIDE=stride,
-        num_warps=8,
-    )
+    sum_masses(counters, scratch, shape)

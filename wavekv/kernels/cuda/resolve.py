@@ -7,7 +7,58 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.launch import launch, power_of_two
-from wavekv.kernels.step import AGES, StepPages, StepPool, StepScratch, StepShape, StepTotals
+from wavekv.kernels.step import (
+    AGES,
+    ATTENDED,
+    StepPages,
+    StepPool,
+    StepScratch,
+    StepShape,
+    StepTotals,
+)
+
+_LOOKUPS = 256
+"""Pages that one program looks up."""
+_PROBES = 4
+_PACKED = 1 << 15
+"""More than the slots of a pool of which two counts share an int32; larger pools count in int64."""
+
+
+@triton.jit
+def _lookup(
+    counters,
+    chosen,
+    counts,
+    table,
+    age,
+    slots,
+    tokens,
+    status,
+    paging,
+    N,
+    M,
+    S,
+    BLOCK: tl.constexpr,
+    MARK: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):
+    """What is found: its slot is of this step."""
+    row = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    now = tl.load(counters + 1)
+    page = tl.load(chosen + row * M + j, mask=j < M, other=-1)
+    slot = tl.load(table + row * N + page, mask=page >= 0, other=-1)
+    is_hit = slot >= 0
+    tl.store(age + row * S + slot, now, mask=is_hit)
+    if not PREFETCH:
+        count = tl.load(counts + row * N + page, mask=is_hit, other=0).to(tl.int32)
+        tl.store(slots + row * M + j, slot, mask=j < M)
+        tl.store(tokens + row * M + j, count, mask=j < M)
+        tl.store(status + row * N + page, tl.full([BLOCK], MARK, tl.uint8), mask=is_hit)
+        num_hits, num_tokens = tl.sum(is_hit.to(tl.int32), 0), tl.sum(count, 0)
+        if num_hits > 0:
+            tl.atomic_add(paging + row * 5, num_hits.to(tl.int64), sem="relaxed")
+            tl.atomic_add(paging + row * 5 + 3, num_tokens.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -30,7 +81,28 @@ def _best(bits, is_there, count, PROBES: tl.constexpr):
 
 
 @triton.jit
-def _resolve(
+def _oldest(rest, count, AGES: tl.constexpr, PROBES: tl.constexpr, PACK: tl.constexpr):
+    """Which of ages rest [n] (0 for none) are the `count` >= 1 largest, of equal ones the first,
+    and their order."""
+    j = tl.arange(0, PROBES)
+    low = tl.zeros([], tl.int32)
+    width = tl.full([], AGES, tl.int32)
+    while width > 1:
+        width = width // PROBES
+        probe = low + (j + 1) * width - 1
+        is_far = tl.sum((rest[:, None] > probe[None, :]).to(tl.int32), 0) < count
+        low = low + tl.min(tl.where(is_far, j, PROBES - 1), 0) * width
+    is_older, is_tie = rest > low, rest == low
+    # both are counted in one pass
+    both = tl.cumsum(is_older.to(PACK) + (is_tie.to(PACK) << 16), 0)
+    older, ties = both & 0xFFFF, both >> 16
+    num_ties = count - tl.sum(is_older.to(tl.int32), 0)
+    is_victim = is_older | (is_tie & (ties <= num_ties))
+    return is_victim, (older + tl.minimum(ties, num_ties)).to(tl.int32) - 1
+
+
+@triton.jit
+def _replace(
     counters,
     chosen,
     rank,
@@ -41,7 +113,7 @@ def _resolve(
     age,
     slots,
     tokens,
-    attended,
+    status,
     victims,
     wanted,
     num_misses,
@@ -54,68 +126,52 @@ def _resolve(
     SP: tl.constexpr,
     AGES: tl.constexpr,
     PROBES: tl.constexpr,
+    PACK: tl.constexpr,
+    MARK: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
+    """What is not found takes the slots that were used least recently."""
     row = tl.program_id(0).to(tl.int64)
     now = tl.load(counters + 1)
     j, s = tl.arange(0, MP), tl.arange(0, SP)
     page = tl.load(chosen + row * M + j, mask=j < M, other=-1)
-    is_page = page >= 0
-    slot = tl.load(table + row * N + page, mask=is_page, other=-1)
-    is_hit = slot >= 0
-    tl.store(age + row * S + slot, now, mask=is_hit)
-    is_miss = is_page & (slot < 0)
+    used = tl.load(age + row * S + s, mask=s < S, other=now)
+    slot = tl.load(table + row * N + page, mask=page >= 0, other=0)
+    is_miss = slot < 0
     num_missing = tl.sum(is_miss.to(tl.int32), 0)
-    # victims by age, never a slot of this step
-    tl.debug_barrier()
-    used = tl.load(age + row * S + s, mask=s < S, other=now, cache_modifier=".cg")
-    is_free = (s < S) & (used != now)
-    # a slot of this step has age 0, and does not count; beyond the last bin all are equally old
-    rest = tl.where(is_free, tl.maximum(tl.minimum(now - used, AGES - 1), 1), 0)
+    is_free = used != now
     taken = tl.minimum(tl.minimum(num_missing, X), tl.sum(is_free.to(tl.int32), 0))
-    is_taken = is_miss
-    if taken < num_missing:
-        bits = tl.load(rank + row * N + page, mask=is_miss, other=-1)
-        # with no slot left to take, none is
-        is_taken = _best(bits, is_miss, taken, PROBES) & (taken > 0)
-    order = tl.cumsum(is_taken.to(tl.int32), 0) - 1
-    # the youngest age taken: the largest that leaves enough at or above it
-    bins = tl.arange(0, AGES)
-    counted = tl.histogram(rest, AGES)
-    at_least = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted
-    low = tl.max(tl.where((at_least >= taken) & (bins > 0), bins, 0), 0)
-    is_older = is_free & (rest > low)
-    num_older = tl.sum(is_older.to(tl.int32), 0)
-    is_tie = is_free & (rest == low)
-    tie = tl.cumsum(is_tie.to(tl.int32), 0) - 1
-    is_victim = is_older | (is_tie & (num_older + tie < taken))
-    at = tl.cumsum(is_victim.to(tl.int32), 0) - 1
-    tl.store(victims + row * X + at, s, mask=is_victim)
-    previous = tl.load(owner + row * S + s, mask=is_victim, other=-1)
-    tl.store(table + row * N + previous, tl.full([SP], -1, tl.int32), mask=previous >= 0)
-    tl.debug_barrier()
-    filled = tl.load(victims + row * X + order, mask=is_taken, other=-1, cache_modifier=".cg")
-    tl.store(table + row * N + page, filled, mask=is_taken)
-    tl.store(owner + row * S + filled, page, mask=is_taken)
-    arena = tl.load(arena_ids + row * N + page, mask=is_taken, other=0)
-    tl.store(wanted + row * X + order, arena, mask=is_taken)
     tl.store(num_misses + row, taken)
-    tl.store(age + row * S + filled, now, mask=is_taken)
-    if PREFETCH:
-        tl.store(paging + row * 5 + 4, tl.load(paging + row * 5 + 4) + taken)
-    else:
-        slot = tl.where(is_taken, filled, slot)
-        is_here = is_page & (slot >= 0)
-        count = tl.load(counts + row * N + page, mask=is_here, other=0)
-        tl.store(slots + row * M + j, tl.where(is_here, slot, -1), mask=j < M)
-        tl.store(tokens + row * M + j, count, mask=j < M)
-        tl.store(attended + row * N + page, tl.full([MP], 1, tl.int8), mask=is_here)
-        num_hits = tl.sum(is_hit.to(tl.int32), 0)
-        num_left = num_missing - taken
-        tl.store(paging + row * 5, tl.load(paging + row * 5) + num_hits)
-        tl.store(paging + row * 5 + 1, tl.load(paging + row * 5 + 1) + taken)
-        tl.store(paging + row * 5 + 2, tl.load(paging + row * 5 + 2) + num_left)
-        tl.store(paging + row * 5 + 3, tl.load(paging + row * 5 + 3) + tl.sum(count, 0))
+    if taken > 0:
+        is_taken = is_miss
+        if taken < num_missing:
+            bits = tl.load(rank + row * N + page, mask=is_miss, other=-1)
+            is_taken = _best(bits, is_miss, taken, PROBES)
+        # a slot of this step has age 0, and does not count; from some age on all are equally old
+        rest = tl.where(is_free, tl.maximum(tl.minimum(now - used, AGES - 1), 1), 0)
+        is_victim, at = _oldest(rest, taken, AGES, PROBES, PACK)
+        tl.store(victims + row * X + at, s, mask=is_victim)
+        previous = tl.load(owner + row * S + s, mask=is_victim, other=-1)
+        tl.store(table + row * N + previous, tl.full([SP], -1, tl.int32), mask=previous >= 0)
+        order = tl.cumsum(is_taken.to(tl.int32), 0) - 1
+        arena = tl.load(arena_ids + row * N + page, mask=is_taken, other=0)
+        tl.store(wanted + row * X + order, arena, mask=is_taken)
+        tl.debug_barrier()
+        filled = tl.load(victims + row * X + order, mask=is_taken, other=-1, cache_modifier=".cg")
+        tl.store(table + row * N + page, filled, mask=is_taken)
+        tl.store(owner + row * S + filled, page, mask=is_taken)
+        tl.store(age + row * S + filled, now, mask=is_taken)
+        if not PREFETCH:
+            count = tl.load(counts + row * N + page, mask=is_taken, other=0).to(tl.int32)
+            tl.store(slots + row * M + j, filled, mask=is_taken)
+            tl.store(tokens + row * M + j, count, mask=is_taken)
+            tl.store(status + row * N + page, tl.full([MP], MARK, tl.uint8), mask=is_taken)
+            tl.store(paging + row * 5 + 3, tl.load(paging + row * 5 + 3) + tl.sum(count, 0))
+    fetched = paging + row * 5 + (4 if PREFETCH else 1)
+    tl.store(fetched, tl.load(fetched) + taken)
+    if not PREFETCH:
+        left = paging + row * 5 + 2
+        tl.store(left, tl.load(left) + num_missing - taken)
 
 
 def resolve(
@@ -132,21 +188,34 @@ def resolve(
     one of this step; `fetch` fills them. Misses beyond `shape.misses` are left to the estimate.
 
     A prefetch makes its pages resident and counts as a use, but nothing is attended to."""
+    N, M, S = shape.capacity, scratch.chosen.shape[2], shape.slots
+    found = scratch.slots, scratch.tokens, scratch.status
+    launch(
+        _lookup,
+        (triton.cdiv(M, _LOOKUPS), shape.rows),
+        *(counters, scratch.chosen, pages.summary.counts, pool.table, pool.age),
+        *(*found, totals.paging, N, M, S),
+        BLOCK=_LOOKUPS,
+        MARK=ATTENDED,
+        PREFETCH=is_prefetch,
+        num_warps=4,
+    )
     options: dict[str, Any] = {
-        "MP": power_of_two(scratch.chosen.shape[2]),
-        "SP": power_of_two(shape.slots),
+        "MP": power_of_two(M),
+        "SP": power_of_two(S),
         "AGES": AGES,
-        "PROBES": 16,
+        "PROBES": _PROBES,
+        "PACK": tl.int32 if power_of_two(S) < _PACKED else tl.int64,
+        "MARK": ATTENDED,
         "PREFETCH": is_prefetch,
-        "num_warps": min(32, max(4, power_of_two(shape.slots) // 128)),
+        "num_warps": min(32, max(4, power_of_two(S) // 256)),
     }
     launch(
-        _resolve,
+        _replace,
         (shape.rows,),
-        *(counters, scratch.chosen, scratch.rank, pages.counts, pages.arena_ids),
-        *(pool.table, pool.owner, pool.age),
-        *(scratch.slots, scratch.tokens, scratch.attended),
+        *(counters, scratch.chosen, scratch.rank, pages.summary.counts, pages.arena_ids),
+        *(pool.table, pool.owner, pool.age, *found),
         *(scratch.victims, scratch.wanted, scratch.num_misses, totals.paging),
-        *(shape.capacity, scratch.chosen.shape[2], shape.slots, scratch.victims.shape[2]),
+        *(N, M, S, scratch.victims.shape[2]),
         **options,
     )

@@ -11,23 +11,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two
-from wavekv.kernels.step import BIN_SHIFT, COUNT_BLOCK, LEAST, MOST, WIDE, StepScratch, StepShape
+from wavekv.kernels.step import (
+    BIN_SHIFT,
+    COUNT_BLOCK,
+    FINAL,
+    LEAST,
+    MOST,
+    WIDE,
+    StepScratch,
+    StepShape,
+)
 
 _PROBE_BITS = 4
-_LIST_BLOCK = 2048
+_LIST_BLOCK = 4096
 
 
 @triton.jit
-def _count(counters, rank, threshold, block_count, attended, N, BLOCK: tl.constexpr):
+def _count(counters, rank, threshold, block_count, N, K: tl.constexpr, BLOCK: tl.constexpr):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if block * BLOCK < num_pages:
         n = block * BLOCK + tl.arange(0, BLOCK)
         bits = tl.load(rank + row * N + n, mask=n < num_pages, other=-1)
         reaches = bits >= tl.load(threshold + row)
         tl.store(block_count + row * tl.cdiv(N, BLOCK) + block, tl.sum(reaches.to(tl.int32), 0))
-        tl.store(attended + row * N + n, tl.zeros([BLOCK], tl.int8), mask=n < num_pages)
 
 
 @triton.jit
@@ -39,11 +48,12 @@ def _collect(
     listed,
     listed_rank,
     N,
+    K: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    num_pages = tl.load(counters + 2)
+    num_pages = pages_in_use(counters, K)
     if block * BLOCK < num_pages:
         b = tl.arange(0, BLOCKS)
         earlier = tl.load(block_count + row * tl.cdiv(N, BLOCK) + b, mask=b < block, other=0)
@@ -159,12 +169,12 @@ def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepSh
     """Choose pages by the final ranks into `scratch.chosen`, ascending, then -1."""
     N, rows = shape.capacity, shape.rows
     blocks = triton.cdiv(N, COUNT_BLOCK)
-    final = scratch.threshold[1]
-    options: dict[str, Any] = {"BLOCK": COUNT_BLOCK, "num_warps": 4}
+    final = scratch.threshold[FINAL]
+    options: dict[str, Any] = {"K": shape.block_pages, "BLOCK": COUNT_BLOCK, "num_warps": 4}
     launch(
         _count,
         (blocks, rows),
-        *(counters, scratch.rank, final, scratch.block_count, scratch.attended, N),
+        *(counters, scratch.rank, final, scratch.block_count, N),
         **options,
     )
     launch(
@@ -205,12 +215,12 @@ def pick(
         "WIDTH_OF_BIN": 1 << _rounded_up(BIN_SHIFT),
         "WIDTH_OF_ALL": 1 << _rounded_up(31),
         "PAD": power_of_two(chosen.shape[2]),
-        "num_warps": 4 if block <= 1024 else 8,
+        "num_warps": min(16, max(4, block // 256)),
     }
     launch(
         _pick,
         (shape.rows,),
-        *(counters, limits, scratch.threshold[1], scratch.block_count),
+        *(counters, limits, scratch.threshold[FINAL], scratch.block_count),
         *(scratch.listed, scratch.listed_rank, chosen, shape.capacity, chosen.shape[2]),
         (top_p or 1.0) * shape.group,
         **options,

@@ -186,7 +186,7 @@ def test_an_index_that_grows_on_a_device_is_not_doubled(monkeypatch: pytest.Monk
     rooms = set()
     for _ in range(120):
         step(context, torch.float32)
-        capacity = context.paged.device_counts.buffer.shape[2]
+        capacity = context.paged.index.buffer.counts.shape[2]
         rooms.add(capacity - context.paged.num_pages)
     assert max(rooms) <= 64 // config.page_size
     assert len(rooms) > 2

@@ -153,25 +153,24 @@ def _refine(
             means = mean + row * N * MEAN_WORDS + (n // K) * (MEAN_WORDS * K) + n % K
             zero, none = tl.zeros([BLOCK, PP], tl.int32), tl.zeros([BLOCK], tl.int32)
             for first in tl.static_range(0, G, HEADS):
-                num: tl.constexpr = min(HEADS, G - first)
                 here = query_words + (row * G + first) * W
                 a, b, c, d = plane_products(
                     *(highs, P, wanted, here, zero, zero, zero, zero),
-                    *(num, HIGH_WORDS, W, HIGH_BITS, HARDWARE),
+                    *(min(HEADS, G - first), HIGH_WORDS, W, HIGH_BITS, HARDWARE),
                 )
                 a, b, c, d = a << LOW_BITS, b << LOW_BITS, c << LOW_BITS, d << LOW_BITS
                 if USE_LOW:
                     a, b, c, d = plane_products(
                         *(lows, P, wanted, here, a, b, c, d),
-                        *(num, LOW_WORDS, W, LOW_BITS, HARDWARE),
+                        *(min(HEADS, G - first), LOW_WORDS, W, LOW_BITS, HARDWARE),
                     )
                 q, r, s, t = none, none, none, none
                 if not BY_MASS:
                     q, r, s, t = plane_products(
                         *(means, K, is_candidate, here, none, none, none, none),
-                        *(num, MEAN_WORDS, W, MEAN_BITS, HARDWARE),
+                        *(min(HEADS, G - first), MEAN_WORDS, W, MEAN_BITS, HARDWARE),
                     )
-                for k in tl.static_range(num):
+                for k in tl.static_range(min(HEADS, G - first)):
                     _refine_head(
                         of_head(a, b, c, d, k),
                         of_head(q, r, s, t, k),

@@ -117,12 +117,12 @@ def _score(
         words = mean + row * N * WORDS + b[:, None] * (WORDS * K) + tl.arange(0, K)[None, :]
         zero = tl.zeros([BLOCKS, K], tl.int32)
         for first in tl.static_range(0, G, HEADS):
-            num: tl.constexpr = min(HEADS, G - first)
             here = query_words + (row * G + first) * W
             p, q, r, s = plane_products(
-                words, K, is_page, here, zero, zero, zero, zero, num, WORDS, W, BITS, HARDWARE
+                *(words, K, is_page, here, zero, zero, zero, zero),
+                *(min(HEADS, G - first), WORDS, W, BITS, HARDWARE),
             )
-            for k in tl.static_range(num):
+            for k in tl.static_range(min(HEADS, G - first)):
                 _score_head(
                     of_head(p, q, r, s, k),
                     row * G + first + k,

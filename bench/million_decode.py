@@ -33,6 +33,9 @@ SAMPLED_STEPS = 2
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this part."""
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.02, 0.01, 0.005])
+    parser.add_argument(
+        "--device-budgets", nargs="+", default=["24GiB", "0.9"], help="of which the first has all"
+    )
     parser.add_argument("--prefetches", nargs="+", default=["none", "runners-up"])
     parser.add_argument("--exact", action="store_true", help="time a step that streams all pages")
 
@@ -54,7 +57,11 @@ def decode_rows(args: Namespace, model: LlamaForCausalLM, tokens: int) -> Iterat
         model, runtime, tokens, 1, host_layers=args.host_layers, seed=args.seed, needles=needles
     )
     release_memory()
-    for budget in args.budgets:
+    first, *others = args.device_budgets
+    runs = [(budget, first) for budget in args.budgets]
+    runs += [(args.budgets[0], other) for other in others]
+    for budget, device_budget in runs:
+        args.device_budget = device_budget
         for prefetch in args.prefetches:
             some = Namespace(**vars(args) | {"budget": budget, "prefetch": prefetch})
             filled.renew(offload_config(some))
@@ -65,9 +72,10 @@ def decode_rows(args: Namespace, model: LlamaForCausalLM, tokens: int) -> Iterat
                 notes = f"budget {budget}, prefetch {prefetch}: {str(error).splitlines()[0]}"
                 yield Result("retrieval", tokens, 1, notes=notes)
             release_memory()
-        filled.renew(offload_config(some, prefetch="none"))
-        yield checks(some, model, filled, needles, tokens)
-        release_memory()
+        if device_budget == first:
+            filled.renew(offload_config(some, prefetch="none"))
+            yield checks(some, model, filled, needles, tokens)
+            release_memory()
     if args.exact:
         filled.renew(offload_config(args, mode="exact", prefetch="none"))
         cache = OffloadedCache(config, filled.runtime.config)

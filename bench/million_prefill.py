@@ -24,7 +24,7 @@ from wavekv import OffloadConfig, OffloadedCache, OffloadedKV
 from wavekv.index import relative_error
 from wavekv.kvstore import CODEC_BITS
 from wavekv.model_adapters.layer import OffloadedLayer
-from wavekv.model_adapters.prefill_plan import chunk_tokens
+from wavekv.model_adapters.prefill_plan import plan_prefill
 from wavekv.offload import Logits
 from wavekv.offload.attention import attend_step
 from wavekv.offload.counters import Counters
@@ -36,7 +36,7 @@ WARM_UP_CHUNKS = 2
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this part."""
     parser.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
-    parser.add_argument("--device-budget", default="0.5", help="share or size")
+    parser.add_argument("--device-budget", default="0.9", help="share or size")
     parser.add_argument("--budget", type=float, default=0.02)
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--skip-full", action="store_true", help="without the yardstick")
@@ -48,7 +48,7 @@ def prefill_rows(args: Namespace, model: LlamaForCausalLM, tokens: int) -> Itera
     budget = args.device_budget
     settings["device_budget"] = float(budget) if budget.replace(".", "").isdigit() else budget
     wrapped = OffloadedKV(model, OffloadConfig(**settings))
-    chunk = chunk_tokens(model, wrapped.new_cache(), 1)
+    chunk = plan_prefill(model, wrapped.new_cache(), 1, tokens).chunk
     generator = torch.Generator(model.device).manual_seed(args.seed)
     vocabulary = model.config.vocab_size
     ids = torch.randint(vocabulary, (1, tokens), generator=generator, device=model.device)

@@ -9,10 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import wavekv
 from wavekv.errors import ConfigError
 
-FOLDER = Path(wavekv.__file__).parent.parent / "bench"
+FOLDER = Path(__file__).parents[2] / "bench"
 
 
 def add_parser(commands: Any) -> None:

@@ -37,7 +37,7 @@ from wavekv.index import balanced_pages, encode_keys
 from wavekv.index.codes import decode_keys
 from wavekv.index.segments import cut_segments
 from wavekv.index.statistics import page_scatter, page_statistics
-from wavekv.kernels.means import round_rows
+from wavekv.kernels.means import pack_rows, unpack_rows
 from wavekv.kernels.mixing import mixing
 from wavekv.kernels.reference import rounded_to_int8, value_slope
 
@@ -205,10 +205,10 @@ class Head:
         return out / total[:, None]
 
     def _flat(self) -> tuple[Scores, list[Scores], Tensor, Tensor]:
-        mean, variance = round_rows(self.raw.mean[0], 8), self.raw.variance[0]
+        mean, variance = _rounded(self.raw.mean[0], 8), self.raw.variance[0]
         counts = torch.full((1, len(mean)), PAGE)
         residual = decode_keys(encode_keys(self.keys[None], mean[None], counts))[0]
-        value = round_rows(self.raw.value_mean[0], 4)
+        value = _rounded(self.raw.value_mean[0], 4)
         residual = residual - residual.mean(1, keepdim=True)
         offset = rounded_to_int8(self.query) @ residual.flatten(0, 1).T
         return self._score(mean, variance), [self._by_codes(mean, offset)], value, value
@@ -259,7 +259,11 @@ def _best(rank: Tensor, count: int) -> Tensor:
 
 def _block_means(rows: Tensor, bits: int) -> Tensor:
     """[N, D]: of each row, the mean of its block."""
-    return round_rows(rows.view(-1, BLOCK, rows.shape[1]).mean(1), bits).repeat_interleave(BLOCK, 0)
+    return _rounded(rows.view(-1, BLOCK, rows.shape[1]).mean(1), bits).repeat_interleave(BLOCK, 0)
+
+
+def _rounded(rows: Tensor, bits: int) -> Tensor:
+    return unpack_rows(*pack_rows(rows, bits), rows.shape[-1], torch.float32)
 
 
 def _pages(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

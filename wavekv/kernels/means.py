@@ -1,10 +1,8 @@
-"""Mean keys in eight bits and mean values in four: rows of small integers times a power of two.
+"""Means of blocks as small integers times a power of two: keys in eight bits, values in four.
 
-A row is rounded once, when its page is made. From there its floats and its integers are the same
-numbers: seven bits and a power of two are exact in every float type, so packing and unpacking lose
-nothing. Rows must be finite: what is not would be zeros once packed.
-
-Keys in eight bits and values in four raise the output error by 0.7 % of itself (docs/adr/0007).
+Seven bits and a power of two are exact in every float type, so what is unpacked is packed again
+without loss, and a product with the integers is one with the floats. Rows must be finite: what is
+not would be zeros.
 """
 
 from __future__ import annotations
@@ -15,16 +13,8 @@ from torch import Tensor
 KEY_BITS, VALUE_BITS = 8, 4
 
 
-def round_rows(rows: Tensor, bits: int) -> Tensor:
-    """Rows [..., D] on the grid of so many bits, in their dtype."""
-    levels, scale = _levels(rows, bits)
-    # the largest numbers of a type have no room to be rounded up
-    most = (torch.finfo(rows.dtype).max / scale).floor().unsqueeze(-1)
-    return (levels.clamp(-most, most) * scale.unsqueeze(-1)).to(rows.dtype)
-
-
 def pack_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Integers and scale of rows [..., D]: exactly theirs if they come from `round_rows`.
+    """Integers and scale of rows [..., D], each rounded to the nearest of its levels.
 
     Returns int8 [..., D] for eight bits, or uint8 [..., H] for four, H being half of D rounded up:
     byte i holds dimension i in its low and H + i in its high four bits, each plus 8; and the scale
@@ -39,7 +29,7 @@ def pack_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack_rows(codes: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The rows [..., dim] that `pack_rows` was given."""
+    """The rows [..., dim] that integers and scales stand for."""
     if codes.dtype == torch.uint8:
         codes = (torch.cat([codes & 15, codes >> 4], -1).to(torch.int8) - 8)[..., :dim]
     # in place: the rows of a layer may be most of the memory that is left

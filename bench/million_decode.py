@@ -34,7 +34,7 @@ def add_flags(parser: ArgumentParser) -> None:
     """The flags of this part."""
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.02, 0.01, 0.005])
     parser.add_argument(
-        "--device-budgets", nargs="+", default=["24GiB", "0.9"], help="of which the first has all"
+        "--device-budgets", nargs="+", default=["0.9", "26GiB"], help="of which the first has all"
     )
     parser.add_argument("--prefetches", nargs="+", default=["none", "runners-up"])
     parser.add_argument("--exact", action="store_true", help="time a step that streams all pages")

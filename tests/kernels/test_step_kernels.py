@@ -93,6 +93,10 @@ def of_rank(case: Case, least: float) -> torch.Tensor:
     return found[..., :-1] & (ranks >= least)
 
 
+def chosen_of(case: Case, twin: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    return case.scratch.chosen, twin.scratch.chosen
+
+
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
 
@@ -112,7 +116,9 @@ def test_step_as_twin(name: str, device: str, dtype: torch.dtype) -> None:
     same = (matters[0] == matters[1]).float().mean()
     # in half precision ranks that are close may change places
     assert same == 1 if dtype == torch.float32 else same > 0.9
-    if dtype == torch.float32:
+    # where attention is sharp most pages have no mass at all, and devices choose others of them
+    assert name == "sharp" or dtype != torch.float32 or torch.equal(*chosen_of(case, twin))
+    if dtype == torch.float32 and torch.equal(*chosen_of(case, twin)):
         for part in ("slots", "tokens", "num_misses"):
             assert torch.equal(getattr(case.scratch, part), getattr(twin.scratch, part))
         assert torch.equal(case.scratch.status[..., :n], twin.scratch.status[..., :n])

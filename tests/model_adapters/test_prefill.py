@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_model, prompt
+from tiny_models import FAMILIES, Family, make_model, prompt
 from torch import Tensor
 
 from wavekv import OffloadConfig, OffloadedKV
@@ -229,6 +229,16 @@ def test_the_length_of_a_chunk(wrapped: Wrap, free: list[int]) -> None:
     assert {8192, 16384, 32768} == set(sizes)
     free[0] = 5 * 10**8
     assert size(batch=2) < size()
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_every_family_can_be_planned(family: Family, wrapped: Wrap, free: list[int]) -> None:
+    model = wrapped(family.model_type)
+    plan = plan_prefill(model.model, model.new_cache(), 2, 10_000)
+    assert plan.chunk > 0
+    free[0] = 1 << 20
+    with pytest.raises(CapacityError, match="device_budget"):
+        plan_prefill(model.model, model.new_cache(), 2, 10_000)
 
 
 def test_chunks_of_a_cpu(wrapped: Wrap) -> None:

@@ -104,14 +104,15 @@ def _working_bytes(
     """Bytes of the tensors of a forward over `num_tokens` of each sequence that are there at once
     (estimated)."""
     config, itemsize = cache.model_config, model.dtype.itemsize
-    hidden, num_queries = config.hidden_size, config.num_attention_heads
+    hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    heads, head_dim = _guessed_shape(config)
+    # one layer at a time: the widest
+    heads, head_dim = max(map(_guessed_shape, _layer_configs(cache)), key=lambda s: s[0] * s[1])
     size = forward_bytes(
         num_tokens * batch,
         hidden=hidden,
         inner=max(inner) if isinstance(inner, (list, tuple)) else inner,
-        num_queries=num_queries,
+        num_queries=config.num_attention_heads,
         kv_heads=heads,
         head_dim=head_dim,
         itemsize=itemsize,
@@ -147,9 +148,8 @@ def _cache_shapes(
 
 def _shapes(cache: OffloadedCache) -> list[tuple[int, int]]:
     """(Hkv, D) of each offloaded layer: an estimate before any ran."""
-    text, shapes = cache.model_config, []
-    configs = getattr(text, "per_layer_config", None) or [text] * len(cache.layers)
-    for layer, config in zip(cache.layers, configs, strict=False):
+    shapes = []
+    for layer, config in zip(cache.layers, _layer_configs(cache), strict=False):
         if not isinstance(layer, OffloadedLayer):
             continue
         if layer.context is not None:
@@ -158,6 +158,12 @@ def _shapes(cache: OffloadedCache) -> list[tuple[int, int]]:
             heads, dim = _guessed_shape(config)
         shapes.append((heads, dim))
     return shapes
+
+
+def _layer_configs(cache: OffloadedCache) -> list[PreTrainedConfig]:
+    """Of each layer: models whose layers differ say so for each of them, and only there."""
+    text = cache.model_config
+    return list(getattr(text, "per_layer_config", None) or [text] * len(cache.layers))
 
 
 def _guessed_shape(config: PreTrainedConfig) -> tuple[int, int]:

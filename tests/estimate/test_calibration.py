@@ -40,6 +40,41 @@ def foreseen(row: dict[str, Any], is_compiled: bool) -> Estimate:
     return estimate(model, config, MACHINE, num_tokens=row["tokens"], batch=batch)
 
 
+def million(part: str, **wanted: Any) -> dict[str, Any]:
+    """The row of bench/results/million_<part>.json that has these values."""
+    rows = json.loads((RESULTS / f"million_{part}.json").read_text())["rows"]
+    (row,) = [row for row in rows if all(row.get(k) == v for k, v in wanted.items())]
+    return dict(row)
+
+
+@pytest.mark.parametrize(
+    ("budget", "device_budget"), [(0.02, 0.9), (0.01, 0.9), (0.005, 0.9), (0.02, "26GiB")]
+)
+def test_a_million_tokens_of_an_8b_model(budget: float, device_budget: float | str) -> None:
+    row = million("decode", name="retrieval", budget=budget, device_budget=device_budget)
+    config = OffloadConfig(
+        budget=budget, device_budget=device_budget, host_dtype="int8", compile=True
+    )
+    machine = MachineRecord.read(RESULTS / "machine_h200.json")
+    it = estimate(read_model("llama-3.1-8b"), config, machine, num_tokens=row["tokens"], batch=1)
+    assert it.decode.seconds == pytest.approx(1e-3 * row["ms_median"], rel=0.2)
+    assert it.needs.cache.host_pages == pytest.approx(row["host_bytes"], rel=1e-3)
+    assert it.needs.decode == pytest.approx(row["device_bytes"], rel=0.05)
+    if device_budget == 0.9:
+        # a smaller pool has fewer hits than the model assumes
+        assert it.bus_bytes == pytest.approx(row["pcie_bytes"], rel=0.05)
+
+
+def test_a_prefill_of_a_million_tokens() -> None:
+    row = million("prefill", name="prefill")
+    machine = MachineRecord.read(RESULTS / "machine_h200.json")
+    config = OffloadConfig()
+    it = estimate(read_model("llama-3.2-1b"), config, machine, num_tokens=row["tokens"], batch=1)
+    assert it.prefill.seconds == pytest.approx(row["seconds"], rel=0.25)
+    assert it.needs.prefill == pytest.approx(row["device_bytes"], rel=0.1)
+    assert it.needs.cache.host_pages == pytest.approx(row["host_bytes"], rel=1e-3)
+
+
 def test_there_is_something_to_hold_against() -> None:
     assert len(measured_rows()) >= 7
 

@@ -3,9 +3,9 @@ take than that.
 
 On CUDA a layer is: rank pages; fetch what is missing while the others are estimated; attend to the
 chosen ones. Each part takes a time of its own, for its kernels one after another, and the time of
-its bytes, a multiple of what a copy takes. Both were fitted to the steps of an H100 at 128K and
-512K (docs/decode_benchmark.md); `tests/estimate/test_calibration.py` holds the prediction against
-all that were measured.
+its bytes, a multiple of what a copy takes. The former were fitted to steps of an H100 at 128K and
+512K tokens with an older index (docs/decode_benchmark.md), the multiples to steps of an H200 at a
+million (docs/million.md); `tests/estimate/test_calibration.py` holds the prediction against them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LAYER_LAUNCHED = 2e-3
 """The same where the host starts every kernel (transformers' own cache: 65 ms for 32 layers)."""
 _RANK, _ESTIMATE, _ATTEND, _FETCH = 33e-6, 14e-6, 8e-6, 4e-6
 """Seconds that the kernels of a part take for next to no pages."""
-_RANK_BYTES, _ESTIMATE_BYTES, _ATTEND_BYTES = 2.55, 2.1, 1.2
+_RANK_BYTES, _ESTIMATE_BYTES, _ATTEND_BYTES = 5.5, 3.2, 1.2
 """Bytes of a part, as a multiple of a copy."""
 _CPU_LAYER, _CPU_BYTES = 1.5e-3, 3.0
 """On a CPU seconds of a layer, and bytes as a multiple of reading them: the demo on two cores takes
@@ -56,7 +56,7 @@ def decode_step(
     fetch = offloaded * _FETCH + read.fetched / bus
     attend = offloaded * _ATTEND + _ATTEND_BYTES * read.pages / copy
     weights, others = _WEIGHTS * read.weights / copy, layers * own
-    how = f"bytes at {copy / 1e9:.0f} GB/s, pages at {bus / 1e9:.0f} GB/s, factors of an H100"
+    how = f"bytes at {copy / 1e9:.0f} GB/s, pages at {bus / 1e9:.0f} GB/s, factors of an H200"
     if not is_captured:
         how = f"not captured as a graph, a hint: {how}"
     return Prediction(

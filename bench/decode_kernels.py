@@ -37,6 +37,7 @@ from wavekv.kernels.step import (
     empty_totals,
 )
 from wavekv.kvstore import CODEC_BITS, KVLayout
+from wavekv.offload.engine_shape import LIKELY_SHARES, POOL_BUDGETS
 
 KV_HEADS, GROUP, DIM, PAGE, SPAN = 8, 4, 128, 8, 1024
 DTYPE = torch.bfloat16
@@ -133,7 +134,7 @@ class Bench:
             page_size=PAGE,
             capacity=N,
             most=most,
-            slots=3 * most,
+            slots=POOL_BUDGETS * most,
             misses=most,
             sinks=4,
             ring=RING,
@@ -149,7 +150,8 @@ class Bench:
         self.counters = torch.tensor(
             [context, 1, N, context - LOCAL], dtype=torch.int32, device=device
         )
-        limits = 8, most, refine * most, num_finalists(refine) * most, most
+        likely = (int(share * most) for share in LIKELY_SHARES)
+        limits = 8, most, refine * most, num_finalists(refine) * most, most, *likely
         self.limits = torch.tensor(limits, dtype=torch.int32, device=device)
         local = torch.randn(2, 1, KV_HEADS, 4 + RING, DIM, device=device).to(DTYPE)
         valid = torch.ones(1, 4 + RING, dtype=torch.bool, device=device)

@@ -9,7 +9,17 @@ import torch
 from step_cases import make_case
 from torch import Tensor
 
-from wavekv.kernels.step import AGES, ATTENDED, CLOCK, ESTIMATED, PAGES, StepScratch
+from wavekv.kernels.step import (
+    AGES,
+    AHEAD,
+    ATTENDED,
+    CHOSEN,
+    CLOCK,
+    ESTIMATED,
+    LATER,
+    PAGES,
+    StepScratch,
+)
 
 OLDEST = AGES - 1
 """Steps after which slots are equally old."""
@@ -34,6 +44,7 @@ class HeadModel:
         self.table: dict[int, int] = {}
         self.owner = [-1] * num_slots
         self.age = [-1] * num_slots
+        self.ahead = [-1] * num_slots
         self.paging = [0] * 5
 
     def num_unused(self, now: int, chosen: list[int]) -> int:
@@ -48,8 +59,10 @@ class HeadModel:
         ranks: list[int],
         now: int,
         misses: int,
-        is_prefetch: bool,
+        purpose: int,
     ) -> Resolved:
+        found = [self.table[page] for page in chosen if page in self.table]
+        num_new = sum(self.ahead[slot] == now for slot in found)
         for page in chosen:
             if page in self.table:
                 self.age[self.table[page]] = now
@@ -63,12 +76,15 @@ class HeadModel:
             self.table.pop(self.owner[slot], None)
         for slot, page in filled:
             self.table[page], self.owner[slot], self.age[slot] = slot, page, now
+            if purpose == AHEAD:
+                self.ahead[slot] = now
         slots = [self.table.get(page, -1) for page in chosen]
-        if is_prefetch:
+        if purpose != CHOSEN:
             self.paging[4] += taken
         else:
             tokens = sum(counts[page] for page in chosen if page in self.table)
-            news = len(chosen) - len(missing), taken, len(missing) - taken, tokens
+            left = len(missing) - taken
+            news = len(found) - num_new, taken + num_new, left, tokens, -num_new
             for place, new in enumerate(news):
                 self.paging[place] += new
         return Resolved(slots, filled)
@@ -186,7 +202,7 @@ class PoolPair:
     def step(self, *chosen: list[int]) -> None:
         """Attend to the pages chosen for each row, ascending."""
         self.scratch.status.zero_()
-        self._resolve(self.scratch, chosen, is_prefetch=False)
+        self._resolve(self.scratch, chosen, CHOSEN)
         self.chosen = list(chosen)
         self.attended = [
             {page: head.table[page] for page in pages if page in head.table}
@@ -194,19 +210,17 @@ class PoolPair:
         ]
         self.check()
 
-    def prefetch(self, *chosen: list[int], wide: bool = False) -> None:
+    def prefetch(self, *chosen: list[int], wide: bool = False, purpose: int = LATER) -> None:
         """Make pages resident; a wide choice is larger and has no cap."""
-        self._resolve(self.runners_up if wide else self.early, chosen, is_prefetch=True)
+        self._resolve(self.runners_up if wide else self.early, chosen, purpose)
         self.check()
 
     def fetch_left_out(self) -> None:
         """Make resident what the last step chose and did not wait for."""
-        self._resolve(self.left_out, tuple(self.chosen), is_prefetch=True)
+        self._resolve(self.left_out, tuple(self.chosen), LATER)
         self.check()
 
-    def _resolve(
-        self, scratch: StepScratch, chosen: tuple[list[int], ...], *, is_prefetch: bool
-    ) -> None:
+    def _resolve(self, scratch: StepScratch, chosen: tuple[list[int], ...], purpose: int) -> None:
         case, rows = self.case, len(self.heads)
         assert len(chosen) == rows
         padded = torch.full((rows, scratch.chosen.shape[2]), -1, dtype=torch.int32)
@@ -225,7 +239,7 @@ class PoolPair:
             scratch,
             case.totals,
             case.shape,
-            is_prefetch=is_prefetch,
+            purpose=purpose,
         )
         self.ops.fetch(case.arena, case.pool, scratch, case.shape)
         misses = scratch.victims.shape[2]
@@ -236,7 +250,7 @@ class PoolPair:
         victims, wanted = (x.flatten(0, 1).tolist() for x in (scratch.victims, scratch.wanted))
         for row, (head, pages) in enumerate(zip(self.heads, chosen, strict=True)):
             counts, ranks = self.counts[row].tolist(), every_rank[row]
-            done = head.resolve(pages, counts, ranks, self.now, misses, is_prefetch)
+            done = head.resolve(pages, counts, ranks, self.now, misses, purpose)
             self.used |= {
                 (row, slot, page) for slot, page in zip(done.slots, pages, strict=True) if slot >= 0
             }
@@ -248,13 +262,13 @@ class PoolPair:
     def check(self) -> None:
         """The pool is what its model says, and holds what it must."""
         pool = self.case.pool
-        table, owner, age = (x.flatten(0, 1).tolist() for x in pool[1:])
+        table, owner, age, ahead = (x.flatten(0, 1).tolist() for x in pool[1:])
         for row, head in enumerate(self.heads):
             resident = {page: slot for page, slot in enumerate(table[row]) if slot >= 0}
             owned = {page: slot for slot, page in enumerate(owner[row]) if page >= 0}
             assert resident == owned == head.table
             assert len(owned) == sum(page >= 0 for page in owner[row])
-            assert (owner[row], age[row]) == (head.owner, head.age)
+            assert (owner[row], age[row], ahead[row]) == (head.owner, head.age, head.ahead)
         assert self.case.totals.paging.flatten(0, 1).tolist() == [x.paging for x in self.heads]
         for row, slot, page in self.used:
             assert owner[row][slot] == page

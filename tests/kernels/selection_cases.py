@@ -22,6 +22,7 @@ from wavekv.kernels.step import (
     FIRST,
     LEAST,
     MOST,
+    NUM_LIMITS,
     SECOND,
     WIDE,
     StepPages,
@@ -108,7 +109,7 @@ class Selection:
             tail="first",
             is_wide=limits.wide > 0,
         )
-        values = torch.zeros(5, dtype=torch.int32)
+        values = torch.zeros(NUM_LIMITS, dtype=torch.int32)
         values[LEAST], values[MOST] = limits.least, most
         values[WIDE], values[CANDIDATES] = limits.wide or most, limits.candidates
         values[FINALISTS] = self.num_finalists

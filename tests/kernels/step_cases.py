@@ -176,7 +176,9 @@ def make_case(
         empty_pool(shape, dtype, target),
         StepArena(addresses, per_chunk, chunks),
         torch.tensor([end, 7, num_pages, start], dtype=torch.int32),
-        torch.tensor([least, most, candidates, finalists, most], dtype=torch.int32),
+        torch.tensor(
+            [least, most, candidates, finalists, most, most // 2, most], dtype=torch.int32
+        ),
         empty_scratch(shape, dtype, target),
         empty_totals(shape, target),
         keys,

@@ -19,6 +19,8 @@ from hypothesis.stateful import (
 from implementations import implementation
 from pool_model import LAST, OLDEST, PoolPair
 
+from wavekv.kernels.step import AHEAD, LATER
+
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
 
@@ -100,11 +102,11 @@ class PoolMachine(RuleBasedStateMachine):
     def fetch_left_out(self) -> None:
         self.pair.fetch_left_out()
 
-    @rule(data=st.data(), wide=st.booleans())
-    def prefetch(self, data: st.DataObject, wide: bool) -> None:
+    @rule(data=st.data(), wide=st.booleans(), purpose=st.sampled_from([AHEAD, LATER]))
+    def prefetch(self, data: st.DataObject, wide: bool, purpose: int) -> None:
         scratch = self.pair.runners_up if wide else self.pair.early
         chosen = self.draw_pages(data, scratch.chosen.shape[2])
-        self.pair.prefetch(*chosen, wide=wide)
+        self.pair.prefetch(*chosen, wide=wide, purpose=purpose)
 
     @rule(data=st.data())
     def rank(self, data: st.DataObject) -> None:

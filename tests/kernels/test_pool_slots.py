@@ -7,7 +7,7 @@ import torch
 from implementations import IMPLEMENTATIONS, implementation
 from pool_model import LAST, OLDEST, PoolPair
 
-from wavekv.kernels.step import CLOCK
+from wavekv.kernels.step import AHEAD, CLOCK
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -155,6 +155,20 @@ def test_prefetched_pages_are_not_given_up_in_their_step(kernels) -> None:
     pair.prefetch([1, 13, 14], wide=True)
     # of slots that are equally old the lower ones go first
     assert [pair.heads[0].table.get(page) for page in (1, 13, 14)] == [3, 0, 1]
+
+
+def test_what_came_ahead_of_the_choice_was_fetched_not_found(kernels) -> None:
+    pair = PoolPair(*kernels)
+    pair.prefetch([1, 2, 3], purpose=AHEAD)
+    assert pair.paging() == [0, 0, 0, 0, 3]
+    pair.step([2, 3, 4])
+    assert pair.paging()[:3] == [0, 3, 0]
+    # one was fetched in vain
+    assert pair.paging()[4] == 1
+    advance(pair)
+    pair.step([1, 2, 3])
+    assert pair.paging()[:3] == [3, 3, 0]
+    assert pair.paging()[4] == 1
 
 
 def test_old_ages_are_equal_beyond_the_last_that_is_told_apart(kernels) -> None:

@@ -23,10 +23,12 @@ END, CLOCK, PAGES, START = range(4)
 advances; the pages in use (whole blocks) and the position of the oldest local token, which growth
 changes."""
 
-LEAST, MOST, CANDIDATES, FINALISTS, WIDE = range(5)
+LEAST, MOST, CANDIDATES, FINALISTS, WIDE, LIKELY = range(6)
+NUM_LIMITS = LIKELY + 2
 """Places in `limits`: the least and most pages that a KV head chooses, how many are ranked again by
-the high plane of their codes (0: none) and by both planes, and how many are chosen for a prefetch
-(at least the most)."""
+the high plane of their codes (0: none) and by both planes, how many are chosen for a prefetch (at
+least the most), and how many are likely to be chosen (0: none) in the first stage of ranking; in
+the second at `LIKELY + 1`."""
 
 FIRST, SECOND, FINAL = range(3)
 """Stages of ranking: for candidates, for finalists, and for the choice."""
@@ -34,6 +36,10 @@ FIRST, SECOND, FINAL = range(3)
 ESTIMATED, REFINED, ATTENDED = range(3)
 """The status of a page in a step: estimated with the mean value of its block, estimated with its
 own, attended to exactly."""
+
+CHOSEN, AHEAD, LATER = range(3)
+"""What pages are given slots for: this step attends to them; it will likely choose them; a later
+one may."""
 
 NUM_BINS = 2048
 BIN_SHIFT = 17
@@ -146,6 +152,8 @@ class StepPool(NamedTuple):
     """[B, Hkv, S] int32: the page in each slot, -1 for none."""
     age: Tensor
     """[B, Hkv, S] int32: the step that used the slot last, -1 for none."""
+    ahead: Tensor
+    """[B, Hkv, S] int32: the last step that filled the slot ahead of its choice, -1 for none."""
 
 
 class StepSteady(NamedTuple):
@@ -199,6 +207,9 @@ class StepScratch(NamedTuple):
     """[3, B, Hkv] int32 blocks that have added to the histogram."""
     threshold: Tensor
     """[3, B, Hkv] int32 the least rank of a bin that is wanted in each stage."""
+    likely: Tensor
+    """[2, B, Hkv] int32 the least rank of a bin of pages that are likely to be chosen, as the first
+    two stages see it."""
     block_count: Tensor
     """[B, Hkv, N / COUNT_BLOCK] int32 ranks of each block that reach a threshold."""
     listed: Tensor
@@ -235,8 +246,8 @@ class StepTotals(NamedTuple):
     """Sums over the steps of a layer."""
 
     paging: Tensor
-    """[B, Hkv, 5] int64: pages found in the pool, pages fetched, pages left to the estimate, tokens
-    retrieved, pages prefetched."""
+    """[B, Hkv, 5] int64: pages found in the pool, pages fetched for a step that attends to them,
+    pages left to the estimate, tokens retrieved, pages fetched for others."""
     tail_mass: Tensor
     """[B, Hq] float32"""
 
@@ -268,6 +279,7 @@ def empty_scratch(shape: StepShape, dtype: torch.dtype, device: torch.device) ->
         histogram=ints(3, B, H, NUM_BINS),
         arrived=ints(3, B, H),
         threshold=ints(3, B, H),
+        likely=ints(2, B, H),
         block_count=ints(B, H, -(-N // COUNT_BLOCK)),
         listed=ints(B, H, N),
         listed_rank=ints(B, H, N),
@@ -293,6 +305,7 @@ def empty_pool(shape: StepShape, dtype: torch.dtype, device: torch.device) -> St
         torch.zeros(B, H, S, 2, shape.page_size, shape.head_dim, dtype=dtype, device=device),
         torch.full((B, H, shape.capacity), -1, dtype=torch.int32, device=device),
         empty,
+        empty.clone(),
         empty.clone(),
     )
 

@@ -15,9 +15,11 @@ from wavekv.kernels.reference_levels import (
 )
 from wavekv.kernels.step import (
     AGES,
+    AHEAD,
     ATTENDED,
     BIN_SHIFT,
     CANDIDATES,
+    CHOSEN,
     CLOCK,
     END,
     ESTIMATED,
@@ -25,6 +27,7 @@ from wavekv.kernels.step import (
     FINALISTS,
     FIRST,
     LEAST,
+    LIKELY,
     MOST,
     NUM_BINS,
     PAGES,
@@ -54,6 +57,7 @@ __all__ = [
     "attend",
     "estimate",
     "fetch",
+    "list_likely",
     "merge",
     "pick",
     "rank_pages",
@@ -116,11 +120,13 @@ def rank_pages(
     *,
     stage: int,
 ) -> None:
-    """The rank of each page, and the least rank of the bin that holds the last one wanted.
+    """The rank of each page, and the least rank of the bin that holds the last one wanted; in the
+    first two stages also of the bin that holds the last one likely to be chosen.
 
     Reads `log_mass`; in the `FIRST` stage also the shift, by moments (see `StepScratch.shift`).
     Writes `rank` and `threshold[stage]`; in the first two stages the latter is above all ranks if
-    `limits[CANDIDATES]` is 0 or all pages are chosen: none is ranked again then.
+    `limits[CANDIDATES]` is 0 or all pages are chosen: none is ranked again then. There it also
+    writes `likely[stage]`, above all ranks if `limits[LIKELY + stage]` is 0 or the bin the lowest.
     """
     n = int(counters[PAGES])
     mass = scratch.log_mass[..., :n]
@@ -138,12 +144,34 @@ def rank_pages(
     is_counted = is_alive & (torch.arange(n, device=bits.device) % every == 0)
     histogram.scatter_add_(2, bins, is_counted.int())
     above = histogram.flip(2).cumsum(2).flip(2)
-    wanted = (limits[(CANDIDATES, FINALISTS, WIDE)[stage]] // every).clamp(min=1)
-    last = torch.where(above >= wanted, torch.arange(NUM_BINS, device=bits.device), 0).amax(2)
-    least = torch.where(last == 0, 0, (last + base) << BIN_SHIFT).int()
-    if stage != FINAL and (int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n):
-        least.fill_(_NEVER)
+
+    def least_of(wanted: Tensor) -> Tensor:
+        is_enough = above >= (wanted // every).clamp(min=1)
+        last = torch.where(is_enough, torch.arange(NUM_BINS, device=bits.device), 0).amax(2)
+        return torch.where(last == 0, 0, (last + base) << BIN_SHIFT).int()
+
+    least = least_of(limits[(CANDIDATES, FINALISTS, WIDE)[stage]])
+    if stage != FINAL:
+        if int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n:
+            least.fill_(_NEVER)
+        likely = least_of(limits[LIKELY + stage])
+        is_idle = (likely == 0) | (limits[LIKELY + stage] == 0)
+        scratch.likely[stage] = likely.masked_fill(is_idle, _NEVER)
     scratch.threshold[stage] = least
+
+
+def list_likely(counters: Tensor, scratch: StepScratch, shape: StepShape, *, stage: int) -> None:
+    """The pages whose rank reaches `likely[stage]`, ascending, as many as `chosen` has room for;
+    then -1.
+
+    Reads `rank` and `likely[stage]`; writes `chosen`, which may be of another size than that of the
+    step."""
+    n = int(counters[PAGES])
+    is_likely = scratch.rank[..., :n] >= scratch.likely[stage].unsqueeze(-1)
+    numbers = torch.arange(n, device=is_likely.device).masked_fill(~is_likely, n)
+    first = numbers.sort(-1).values[..., : scratch.chosen.shape[2]]
+    scratch.chosen.fill_(-1)
+    scratch.chosen[..., : first.shape[-1]] = first.masked_fill(first == n, -1).int()
 
 
 def refine(
@@ -211,12 +239,12 @@ def resolve(
     totals: StepTotals,
     shape: StepShape,
     *,
-    is_prefetch: bool = False,
+    purpose: int = CHOSEN,
 ) -> None:
     now = int(counters[CLOCK])
     for b in range(shape.batch):
         for h in range(shape.kv_heads):
-            _resolve_head(pages, pool, now, scratch, totals, shape, b, h, is_prefetch)
+            _resolve_head(pages, pool, now, scratch, totals, b, h, purpose)
 
 
 def _resolve_head(
@@ -225,10 +253,9 @@ def _resolve_head(
     now: int,
     scratch: StepScratch,
     totals: StepTotals,
-    shape: StepShape,
     b: int,
     h: int,
-    is_prefetch: bool,
+    purpose: int,
 ) -> None:
     chosen, age, owner = scratch.chosen[b, h], pool.age[b, h], pool.owner[b, h]
     table, totalled = pool.table[b, h], totals.paging[b, h]
@@ -236,6 +263,8 @@ def _resolve_head(
     slots = table[ids]
     hits = slots[slots >= 0].long()
     age[hits] = now
+    # what was fetched ahead for this step was not found
+    num_new = int((pool.ahead[b, h, hits] == now).sum())
     missing = ids[slots < 0]
     free = (age != now).nonzero().squeeze(1)
     # least recently used first, of equal ages the lower slot
@@ -252,17 +281,20 @@ def _resolve_head(
     scratch.victims[b, h, :taken] = victims.int()
     scratch.wanted[b, h, :taken] = pages.arena_ids[b, h, fetched]
     scratch.num_misses[b, h] = taken
-    if is_prefetch:
+    if purpose == AHEAD:
+        pool.ahead[b, h, victims] = now
+    if purpose != CHOSEN:
         totalled[4] += taken
         return
     here = torch.where(chosen >= 0, table[chosen.clamp(min=0).long()], -1)
     counts = torch.where(here >= 0, pages.summary.counts[b, h, chosen.clamp(min=0).long()].int(), 0)
     scratch.slots[b, h], scratch.tokens[b, h] = here, counts
     scratch.status[b, h, chosen[here >= 0].long()] = ATTENDED
-    totalled[0] += len(hits)
-    totalled[1] += taken
+    totalled[0] += len(hits) - num_new
+    totalled[1] += taken + num_new
     totalled[2] += len(missing) - taken
     totalled[3] += counts.sum()
+    totalled[4] -= num_new
 
 
 def fetch(arena: StepArena, pool: StepPool, scratch: StepScratch, shape: StepShape) -> None:

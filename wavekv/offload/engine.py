@@ -4,7 +4,8 @@ CUDA graph can hold the steps of all layers.
 An engine takes the contexts of a cache over into buffers of fixed capacity, runs steps on them, and
 gives them back as if the steps had run one by one. Per layer a step is score, rank, refine, rank,
 refine, rank, select, resolve, fetch, attend, estimate, merge (`wavekv.kernels.cuda`). Pages missing
-from the pool are fetched on a second stream while the others are estimated.
+from the pool are fetched on a second stream: those that are likely to be chosen while ranking goes
+on, the rest while the pages that are not chosen are estimated.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from wavekv.kernels.step import (
     FINAL,
     FINALISTS,
     FIRST,
+    LATER,
     LEAST,
+    LIKELY,
     MOST,
+    NUM_LIMITS,
     PAGES,
     SECOND,
     START,
@@ -42,7 +46,7 @@ from wavekv.kernels.step import (
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
-from wavekv.offload.engine_shape import RUNNERS_UP
+from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
 from wavekv.offload.pool import fitted_shape
@@ -102,7 +106,7 @@ class DecodeEngine:
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
         self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)
-        self.limits = torch.zeros(5, dtype=torch.int32, device=self.device)
+        self.limits = torch.zeros(NUM_LIMITS, dtype=torch.int32, device=self.device)
         self._limits: tuple[int, int] | None = None
         self.reset_counters()
         self._num_growing = 0
@@ -170,6 +174,7 @@ class DecodeEngine:
         for layer in self.layers:
             # their steps come again: no slot may be of the future
             layer.pool.age.fill_(-1)
+            layer.pool.ahead.fill_(-1)
             layer.totals.paging.zero_()
             layer.totals.tail_mass.zero_()
 
@@ -189,12 +194,15 @@ class DecodeEngine:
         limits = page_limits(self.config, self.num_tokens + 1)
         if limits != self._limits:
             least, most = (min(limit, self.shape.most) for limit in limits)
-            values = torch.zeros(5, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+            is_cuda = self.device.type == "cuda"
+            values = torch.zeros(NUM_LIMITS, dtype=torch.int32, pin_memory=is_cuda)
             values[LEAST], values[MOST] = least, most
             if self.config.refine > 1:
                 values[CANDIDATES] = most * self.config.refine
                 values[FINALISTS] = most * num_finalists(self.config.refine)
             values[WIDE] = int(RUNNERS_UP * most) if self.shape.is_wide else most
+            for stage in FIRST, SECOND:
+                values[LIKELY + stage] = likely_pages(self.shape, most, stage)
             self.limits.copy_(values, non_blocking=True)
             self._limits = limits
         self._grow()
@@ -222,7 +230,8 @@ class DecodeEngine:
         counters, pages, pool = self.counters, layer.pages, layer.pool
         self._fetches.begin_layer(number)
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
-        self._choose(layer, scratch, shape)
+        self._choose(layer, scratch, shape, fetched=number)
+        self._fetches.wait_resolved()
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         self._fetches.start(number, shape)
         # all that waits for no page, while pages are on their way
@@ -244,15 +253,27 @@ class DecodeEngine:
         with self._fetches.guessing(number, q) as scratch:
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
             self._choose(layer, scratch, shape)
-            ops.resolve(pages, pool, counters, scratch, layer.totals, shape, is_prefetch=True)
+            ops.resolve(pages, pool, counters, scratch, layer.totals, shape, purpose=LATER)
             ops.fetch(self.arena, pool, scratch, shape)
 
-    def _choose(self, layer: DeviceLayer, scratch: StepScratch, shape: StepShape) -> None:
-        """From scores to the pages in `scratch.chosen`."""
+    def _choose(
+        self,
+        layer: DeviceLayer,
+        scratch: StepScratch,
+        shape: StepShape,
+        *,
+        fetched: int | None = None,
+    ) -> None:
+        """From scores to the pages in `scratch.chosen`. What is likely to be chosen is fetched
+        meanwhile, if `fetched` is the number of the layer."""
         counters, limits, ops, pages = self.counters, self.limits, self.ops, layer.pages
         for stage in FIRST, SECOND:
             ops.rank_pages(pages, counters, limits, scratch, shape, stage=stage)
+            if fetched is not None:
+                self._fetches.start_likely(fetched, shape, stage=stage)
             ops.refine(pages, counters, scratch, shape, stage=stage)
+            if fetched is not None:
+                self._fetches.wait_listed()
         ops.rank_pages(pages, counters, limits, scratch, shape, stage=FINAL)
         ops.select(counters, limits, scratch, shape)
 

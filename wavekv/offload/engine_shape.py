@@ -17,6 +17,16 @@ POOL_BUDGETS = 4
 victims nothing), unless `device_budget` allows fewer."""
 RUNNERS_UP = 1.25
 """Pages that are made resident for the next step, as a multiple of the budget."""
+LIKELY_SHARES = 0.4, 0.875
+"""Pages that are fetched ahead of the choice, as shares of the budget, after the first and the
+second stage of ranking. Of these four in five and 19 in 20 are chosen (docs/log.md)."""
+
+
+def likely_pages(shape: StepShape, most: int, stage: int) -> int:
+    """How many pages of a KV head a stage of ranking has fetched, where a step chooses `most`. All
+    that a step may choose finds a slot beside them."""
+    spare = (shape.slots - shape.most) // len(LIKELY_SHARES)
+    return min(int(LIKELY_SHARES[stage] * most), spare)
 
 
 def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:

@@ -1,8 +1,8 @@
 """Pages on their way from the host to the pools of an engine, beside what does not wait for them.
 
-Two streams: one for pages that the step waits for, one for pages of a later layer or step. What a
-layer fetches for the next step begins when what it waits for is there, so that the two do not share
-the bus.
+Three streams: one for pages that the step waits for, one that finds which of them are likely to be
+chosen while ranking goes on, one for pages of a later layer or step. What a layer fetches for the
+next step begins when what it waits for is there, so that the two do not share the bus.
 """
 
 from __future__ import annotations
@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
-from wavekv.kernels.step import StepArena, StepScratch, StepShape, empty_scratch
+from wavekv.kernels.step import (
+    AHEAD,
+    COUNT_BLOCK,
+    FIRST,
+    LATER,
+    SECOND,
+    StepArena,
+    StepScratch,
+    StepShape,
+    empty_scratch,
+)
 from wavekv.offload.device_layer import DeviceLayer
-from wavekv.offload.engine_shape import RUNNERS_UP
+from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
 from wavekv.offload.streams import ORDINARY, URGENT, SideStreams
 
-_NOW, _LATER = range(2)
+_NOW, _LIKELY, _LATER = range(3)
 
 
 class PageFetches:
@@ -41,7 +51,8 @@ class PageFetches:
         self.layers, self.arena, self.scratch, self.ops = layers, arena, scratch, ops
         self.counters, self.limits, self.config = counters, limits, config
         self._device = counters.device
-        self._streams = SideStreams((URGENT, ORDINARY), self._device)
+        self._streams = SideStreams((URGENT, URGENT, ORDINARY), self._device)
+        self._listed: torch.cuda.Event | None = None
         self._needed: torch.cuda.Event | None = None
         self._resolved: torch.cuda.Event | None = None
         self._guessed: dict[int, tuple[torch.cuda.Event | None, Tensor]] = {}
@@ -51,18 +62,52 @@ class PageFetches:
         # one for each layer: the next layers go on while what a layer fetches for later does
         self._ahead: list[StepScratch] = []
         if config.prefetch == "runners-up":
-            self._ahead = [self._scratch_ahead(shape) for _ in layers]
+            wide = int(RUNNERS_UP * shape.most)
+            self._ahead = [self._scratch_for(wide, shape) for _ in layers]
         elif config.max_misses is not None:
             self._ahead = [self._scratch_of(shape.most, shape) for _ in layers]
+        # one for each stage: the second begins while pages of the first are on their way
+        self._likely = {
+            stage: self._scratch_for(likely_pages(shape, shape.most, stage), shape)
+            for stage in (FIRST, SECOND)
+            # where misses are few, they are the best ones
+            if likely_pages(shape, shape.most, stage) and config.max_misses is None
+        }
 
     @property
     def scratches(self) -> list[StepScratch]:
         """Working memory beside that of the step, of which they share parts."""
-        return [*self._ahead, *([self._guess] if self._guess is not None else [])]
+        guess = [self._guess] if self._guess is not None else []
+        return [*self._ahead, *self._likely.values(), *guess]
 
     def begin_layer(self, number: int) -> None:
         """Let the current stream wait for what uses the pool or the scratch of layer `number`."""
         self._streams.await_mark(self._guessed.pop(number, (None, None))[0])
+        self.wait_resolved()
+
+    def start_likely(self, number: int, shape: StepShape, *, stage: int) -> None:
+        """Fetch what layer `number` will likely choose, by the ranks of this stage, beside the
+        ranking that goes on; these ranks have to stay until `wait_listed`."""
+        scratch = self._likely.get(stage)
+        if scratch is None:
+            return
+        with self._streams.beside(_LIKELY):
+            self.ops.list_likely(self.counters, scratch, shape, stage=stage)
+            self._listed = self._streams.mark()
+            self._resolve(number, scratch, shape, AHEAD)
+            resolved = self._streams.mark()
+        with self._streams.beside(_NOW):
+            self._streams.await_mark(resolved)
+            self.ops.fetch(self.arena, self.layers[number].pool, scratch, shape)
+        self._resolved = resolved
+
+    def wait_listed(self) -> None:
+        """Let the current stream wait until the ranks of the last `start_likely` are read."""
+        self._streams.await_mark(self._listed)
+        self._listed = None
+
+    def wait_resolved(self) -> None:
+        """Let the current stream wait until the pool's tables say what is on its way."""
         self._streams.await_mark(self._resolved)
         self._resolved = None
 
@@ -97,13 +142,13 @@ class PageFetches:
         """Let the current stream wait for everything."""
         self._streams.join()
         # a mark from outside a capture must not be waited for in it
-        self._needed = self._resolved = None
+        self._needed = self._resolved = self._listed = None
         self._guessed.clear()
 
     def _fetch_runners_up(self, number: int, shape: StepShape) -> None:
         ahead = self._ahead[number]
         self.ops.pick(self.counters, self.limits, self.scratch, ahead.chosen, shape, wide=True)
-        self._resolve(number, ahead, shape)
+        self._resolve(number, ahead, shape, LATER)
         with self._streams.beside(_LATER):
             self._streams.await_mark(self._needed)
             self.ops.fetch(self.arena, self.layers[number].pool, ahead, shape)
@@ -111,23 +156,28 @@ class PageFetches:
     def _fetch_left_out(self, number: int, shape: StepShape) -> None:
         left = self._ahead[number]
         with self._streams.beside(_NOW):
-            self._resolve(number, left, shape)
+            self._resolve(number, left, shape, LATER)
             # the next layer overwrites what this reads
             self._resolved = self._streams.mark()
         with self._streams.beside(_LATER):
             self._streams.await_mark(self._resolved)
             self.ops.fetch(self.arena, self.layers[number].pool, left, shape)
 
-    def _resolve(self, number: int, scratch: StepScratch, shape: StepShape) -> None:
+    def _resolve(self, number: int, scratch: StepScratch, shape: StepShape, purpose: int) -> None:
         layer = self.layers[number]
         places = layer.pages, layer.pool, self.counters, scratch, layer.totals, shape
-        self.ops.resolve(*places, is_prefetch=True)
+        self.ops.resolve(*places, purpose=purpose)
 
-    def _scratch_ahead(self, shape: StepShape) -> StepScratch:
-        wide = int(RUNNERS_UP * shape.most)
-        size = shape.batch, shape.kv_heads, wide
-        chosen = torch.zeros(size, dtype=torch.int32, device=self._device)
-        return self._scratch_of(wide, shape)._replace(chosen=chosen)
+    def _scratch_for(self, most: int, shape: StepShape) -> StepScratch:
+        """For a choice of its own, of so many pages."""
+        size = shape.batch, shape.kv_heads
+
+        def ints(*more: int) -> Tensor:
+            return torch.zeros(*size, *more, dtype=torch.int32, device=self._device)
+
+        block_count = ints(-(-shape.capacity // COUNT_BLOCK))
+        own = self._scratch_of(most, shape)
+        return own._replace(chosen=ints(most), block_count=block_count)
 
     def _scratch_of(self, misses: int, shape: StepShape) -> StepScratch:
         size = shape.batch, shape.kv_heads, misses

@@ -6,6 +6,7 @@ Importing this needs triton.
 
 from wavekv.kernels.cuda.attend import attend, merge
 from wavekv.kernels.cuda.estimate import estimate
+from wavekv.kernels.cuda.likely import list_likely
 from wavekv.kernels.cuda.rank import rank_pages
 from wavekv.kernels.cuda.refine import refine
 from wavekv.kernels.cuda.resolve import resolve
@@ -18,6 +19,7 @@ __all__ = [
     "attend",
     "estimate",
     "fetch",
+    "list_likely",
     "merge",
     "pick",
     "rank_pages",

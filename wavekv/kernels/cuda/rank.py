@@ -15,6 +15,7 @@ from wavekv.kernels.step import (
     COUNT_BLOCK,
     FINALISTS,
     FIRST,
+    LIKELY,
     MOST,
     NUM_BINS,
     REFINED,
@@ -80,6 +81,14 @@ def _is_counted(
 
 
 @triton.jit
+def _least_of(counted, wanted, BINS: tl.constexpr, BASE: tl.constexpr, SHIFT: tl.constexpr):
+    """The least rank of the highest bin with enough ranks in it and above; 0 if all are wanted."""
+    above = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted
+    last = tl.max(tl.where(above >= wanted, tl.arange(0, BINS), 0), 0)
+    return tl.where(last == 0, 0, (last + BASE) << SHIFT)
+
+
+@triton.jit
 def _rank(
     counters,
     limits,
@@ -95,11 +104,13 @@ def _rank(
     histogram,
     arrived,
     threshold,
+    likely,
     N,
     G: tl.constexpr,
     K: tl.constexpr,
     STAGE: tl.constexpr,
     LIMIT: tl.constexpr,
+    LIKELY: tl.constexpr,
     CANDIDATES: tl.constexpr,
     MOST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -171,17 +182,16 @@ def _rank(
         tl.debug_barrier()
         ticket = tl.atomic_add(arrived + STAGE * ROWS + row, 1, sem="acq_rel")
         if ticket >= num_blocks - 1:
-            wanted = tl.load(limits + LIMIT)
-            if STAGE == 0:
-                wanted = wanted // tl.where(num_pages >= SAMPLED, SAMPLE, 1)
-            wanted = tl.maximum(wanted, 1)
-            b = tl.arange(0, BINS)
-            counted = tl.load(here + b, cache_modifier=".cg")
-            above = tl.sum(counted, 0) - tl.cumsum(counted, 0) + counted
-            # the highest bin with enough ranks in it and above
-            last = tl.max(tl.where(above >= wanted, b, 0), 0)
-            least = tl.where(last == 0, 0, (last + BASE) << SHIFT)
+            every = tl.where((STAGE == 0) & (num_pages >= SAMPLED), SAMPLE, 1)
+            counted = tl.load(here + tl.arange(0, BINS), cache_modifier=".cg")
+            wanted = tl.maximum(tl.load(limits + LIMIT) // every, 1)
+            least = _least_of(counted, wanted, BINS, BASE, SHIFT)
             if STAGE < 2:
+                wanted = tl.load(limits + LIKELY + STAGE)
+                sure = _least_of(counted, tl.maximum(wanted // every, 1), BINS, BASE, SHIFT)
+                # ranks that the bins do not tell apart say nothing
+                sure = tl.where((wanted == 0) | (sure == 0), NEVER, sure)
+                tl.store(likely + STAGE * ROWS + row, sure)
                 # none are ranked again where none are wanted, or where all are chosen
                 is_needless = (tl.load(limits + CANDIDATES) == 0) | (
                     tl.load(limits + MOST) >= num_pages
@@ -208,6 +218,7 @@ def rank_pages(
         "K": shape.block_pages,
         "STAGE": stage,
         "LIMIT": {FIRST: CANDIDATES, SECOND: FINALISTS}.get(stage, WIDE),
+        "LIKELY": LIKELY,
         "CANDIDATES": CANDIDATES,
         "MOST": MOST,
         "ROWS": shape.rows,
@@ -225,7 +236,8 @@ def rank_pages(
         "USE_VARIANCE": shape.tail == "second",
         "SOFTCAP": shape.softcap is not None,
         "HARDWARE": uses_hardware(scratch.rank),
-        "num_warps": 8,
+        # what one warp reduces waits for no other
+        "num_warps": 1,
     }
     launch(
         _rank,
@@ -233,6 +245,7 @@ def rank_pages(
         *(counters, limits, index.counts, index.variance, scratch.query_square),
         *(scratch.log_mass, scratch.shift, scratch.status),
         *(scratch.block_max, scratch.block_sum, scratch.rank),
-        *(scratch.histogram, scratch.arrived, scratch.threshold, shape.capacity),
+        *(scratch.histogram, scratch.arrived, scratch.threshold),
+        *(scratch.likely, shape.capacity),
         **options,
     )

@@ -17,6 +17,8 @@ from wavekv.kernels.step import COUNT_BLOCK, FIRST, SECOND, StepPages, StepScrat
 _BLOCK = 16
 """Candidates of one warp: nothing in it waits for other warps."""
 _WARPS = 1
+_REGISTERS = {FIRST: 64, SECOND: 128}
+"""Of a thread at most: with more of them too few warps run at once to hide what a load takes."""
 _PROGRAMS = {FIRST: 16, SECOND: 8}
 """Programs that share the candidates of `COUNT_BLOCK` pages: about as many as have something to do,
 where one page in four is a candidate, and one in sixteen a finalist."""
@@ -230,6 +232,7 @@ def refine(
         "SOFTCAP": shape.softcap is not None,
         "HARDWARE": uses_hardware(scratch.rank),
         "num_warps": _WARPS,
+        "maxnreg": _REGISTERS[stage],
     }
     launch(
         _refine,

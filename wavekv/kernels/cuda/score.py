@@ -22,6 +22,9 @@ from wavekv.kernels.step import (
     StepSteady,
 )
 
+_REGISTERS = 64
+"""Of a thread at most: with more of them too few warps run at once to hide what a load takes."""
+
 
 @triton.jit
 def _score_head(
@@ -182,6 +185,7 @@ def score(
         "MARK": ESTIMATED,
         "HARDWARE": uses_hardware(query),
         "num_warps": 4,
+        "maxnreg": _REGISTERS,
     }
     launch(
         _score,

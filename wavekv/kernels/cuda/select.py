@@ -24,7 +24,7 @@ from wavekv.kernels.step import (
     StepShape,
 )
 
-_PROBE_BITS = 4
+_PROBE_BITS = 2
 _LIST_BLOCK = 4096
 
 
@@ -165,25 +165,36 @@ def _pick(
     )
 
 
+def count_ranks(
+    counters: Tensor, scratch: StepScratch, threshold: Tensor, shape: StepShape
+) -> None:
+    """How many ranks of each `COUNT_BLOCK` reach threshold [B, Hkv], into
+    `scratch.block_count`."""
+    launch(
+        _count,
+        (triton.cdiv(shape.capacity, COUNT_BLOCK), shape.rows),
+        *(counters, scratch.rank, threshold, scratch.block_count, shape.capacity),
+        K=shape.block_pages,
+        BLOCK=COUNT_BLOCK,
+        num_warps=4,
+    )
+
+
 def select(counters: Tensor, limits: Tensor, scratch: StepScratch, shape: StepShape) -> None:
     """Choose pages by the final ranks into `scratch.chosen`, ascending, then -1."""
     N, rows = shape.capacity, shape.rows
     blocks = triton.cdiv(N, COUNT_BLOCK)
     final = scratch.threshold[FINAL]
-    options: dict[str, Any] = {"K": shape.block_pages, "BLOCK": COUNT_BLOCK, "num_warps": 4}
-    launch(
-        _count,
-        (blocks, rows),
-        *(counters, scratch.rank, final, scratch.block_count, N),
-        **options,
-    )
+    count_ranks(counters, scratch, final, shape)
     launch(
         _collect,
         (blocks, rows),
         *(counters, scratch.rank, final, scratch.block_count),
         *(scratch.listed, scratch.listed_rank, N),
+        K=shape.block_pages,
         BLOCKS=power_of_two(blocks),
-        **options,
+        BLOCK=COUNT_BLOCK,
+        num_warps=4,
     )
     pick(counters, limits, scratch, scratch.chosen, shape)
 
@@ -215,7 +226,7 @@ def pick(
         "WIDTH_OF_BIN": 1 << _rounded_up(BIN_SHIFT),
         "WIDTH_OF_ALL": 1 << _rounded_up(31),
         "PAD": power_of_two(chosen.shape[2]),
-        "num_warps": min(16, max(4, block // 256)),
+        "num_warps": min(8, max(4, block // 256)),
     }
     launch(
         _pick,

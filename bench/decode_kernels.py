@@ -200,6 +200,10 @@ class Bench:
             "fetch, all missing": Run(self._fetch, lambda: rows * most * self.layout.page_bytes),
             "resolve, none missing": Run(self._resolve, lambda: chosen_bytes, self._next_step),
             "resolve, a tenth missing": Run(self._resolve, lambda: chosen_bytes, self._evict),
+            "settle": Run(
+                lambda: cuda.settle(self.pool, self.counters, shape),
+                lambda: nbytes(self.pool.order, self.pool.order, self.pool.age),
+            ),
             "fetch, a tenth missing": Run(
                 self._fetch, lambda: int(scratch.num_misses.sum()) * self.layout.page_bytes
             ),
@@ -281,11 +285,12 @@ class Bench:
         cuda.attend(self.query, *places, pages=pages)
 
     def _next_step(self) -> None:
+        cuda.settle(self.pool, self.counters, self.shape)
         self.counters[:2] += 1
 
     def _empty_pool(self) -> None:
         self._next_step()
-        for part in self.pool[1:]:
+        for part in (self.pool.table, self.pool.owner, self.pool.age):
             part.fill_(-1)
 
     def _evict(self) -> None:

@@ -10,7 +10,6 @@ from step_cases import make_case
 from torch import Tensor
 
 from wavekv.kernels.step import (
-    AGES,
     AHEAD,
     ATTENDED,
     CHOSEN,
@@ -21,10 +20,8 @@ from wavekv.kernels.step import (
     StepScratch,
 )
 
-OLDEST = AGES - 1
-"""Steps after which slots are equally old."""
 LAST = 2**31 - 2
-"""The last step whose distance to an empty slot's age is an int32."""
+"""The last step but one that a clock can count."""
 UNWRITTEN = -7
 
 
@@ -68,10 +65,10 @@ class HeadModel:
                 self.age[self.table[page]] = now
         missing = [page for page in chosen if page not in self.table]
         unused = [slot for slot, age in enumerate(self.age) if age != now]
-        unused.sort(key=lambda slot: (-min(now - self.age[slot], OLDEST), slot))
+        unused.sort(key=lambda slot: (self.age[slot], slot))
         taken = min(len(missing), misses, len(unused))
         best = sorted(missing, key=lambda page: (-ranks[page], page))[:taken]
-        filled = list(zip(sorted(unused[:taken]), sorted(best), strict=True))
+        filled = list(zip(unused[:taken], sorted(best), strict=True))
         for slot, _ in filled:
             self.table.pop(self.owner[slot], None)
         for slot, page in filled:
@@ -181,14 +178,11 @@ class PoolPair:
         return int(self.case.counters[CLOCK])
 
     def set_clock(self, to: int) -> None:
+        """The end of a step, and the number of the next."""
+        self.ops.settle(self.case.pool, self.case.counters, self.case.shape)
         self.case.counters[CLOCK] = to
         self.attended = None
         self.used.clear()
-
-    def set_ages(self, row: int, ages: list[int]) -> None:
-        """Say when each slot was used last."""
-        self.case.pool.age.flatten(0, 1)[row] = torch.tensor(ages, dtype=torch.int32)
-        self.heads[row].age = list(ages)
 
     def grow(self, count: int) -> None:
         self.case.counters[PAGES] += count
@@ -262,13 +256,14 @@ class PoolPair:
     def check(self) -> None:
         """The pool is what its model says, and holds what it must."""
         pool = self.case.pool
-        table, owner, age, ahead = (x.flatten(0, 1).tolist() for x in pool[1:])
+        table, owner, age, ahead, order = (x.flatten(0, 1).tolist() for x in pool[1:])
         for row, head in enumerate(self.heads):
             resident = {page: slot for page, slot in enumerate(table[row]) if slot >= 0}
             owned = {page: slot for slot, page in enumerate(owner[row]) if page >= 0}
             assert resident == owned == head.table
             assert len(owned) == sum(page >= 0 for page in owner[row])
             assert (owner[row], age[row], ahead[row]) == (head.owner, head.age, head.ahead)
+            assert sorted(order[row]) == list(range(len(order[row])))
         assert self.case.totals.paging.flatten(0, 1).tolist() == [x.paging for x in self.heads]
         for row, slot, page in self.used:
             assert owner[row][slot] == page

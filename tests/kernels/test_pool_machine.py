@@ -17,7 +17,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from implementations import implementation
-from pool_model import LAST, OLDEST, PoolPair
+from pool_model import LAST, PoolPair
 
 from wavekv.kernels.step import AHEAD, LATER
 
@@ -40,7 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
         slots=st.integers(6, 12),
         most=st.integers(1, 9),
         misses=st.integers(1, 9),
-        clock=st.sampled_from([0, 7, OLDEST - 2, 65534, 10**6, LAST - 10**6]),
+        clock=st.sampled_from([0, 7, 65534, 10**6, LAST - 10**6]),
         dtype=st.sampled_from([torch.float32, torch.float16]),
     )
     def start(
@@ -121,7 +121,7 @@ class PoolMachine(RuleBasedStateMachine):
     def grow(self, count: int) -> None:
         self.pair.grow(min(count, self.pair.case.shape.capacity - self.pair.num_pages))
 
-    @rule(steps=st.sampled_from([1, 1, 2, 3, OLDEST - 1, OLDEST, OLDEST + 1, 65536, 10**6]))
+    @rule(steps=st.sampled_from([1, 1, 2, 3, 65536, 10**6]))
     def advance(self, steps: int) -> None:
         self.pair.set_clock(min(self.pair.now + steps, LAST))
 

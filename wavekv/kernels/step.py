@@ -47,9 +47,6 @@ BIN_SHIFT = 17
 
 SCORE_BLOCK = 512
 """Pages that are scored together, with one pair of softmax statistics."""
-AGES = 256
-"""Ages of slots that the pool tells apart, in steps; older ones are all as old."""
-
 SAMPLE, SAMPLED_PAGES = 4, 8192
 """Where a KV head has so many pages, every fourth tells where the candidates begin."""
 
@@ -154,6 +151,9 @@ class StepPool(NamedTuple):
     """[B, Hkv, S] int32: the step that used the slot last, -1 for none."""
     ahead: Tensor
     """[B, Hkv, S] int32: the last step that filled the slot ahead of its choice, -1 for none."""
+    order: Tensor
+    """[B, Hkv, S] int32: the slots, least recently used first, of equal ones the lower, as the step
+    before left them."""
 
 
 class StepSteady(NamedTuple):
@@ -300,6 +300,7 @@ def empty_scratch(shape: StepShape, dtype: torch.dtype, device: torch.device) ->
 def empty_pool(shape: StepShape, dtype: torch.dtype, device: torch.device) -> StepPool:
     """Allocate a pool that holds no page."""
     B, H, S = shape.batch, shape.kv_heads, shape.slots
+    numbers = torch.arange(S, dtype=torch.int32, device=device)
     empty = torch.full((B, H, S), -1, dtype=torch.int32, device=device)
     return StepPool(
         torch.zeros(B, H, S, 2, shape.page_size, shape.head_dim, dtype=dtype, device=device),
@@ -307,6 +308,7 @@ def empty_pool(shape: StepShape, dtype: torch.dtype, device: torch.device) -> St
         empty,
         empty.clone(),
         empty.clone(),
+        numbers.expand(B, H, S).clone(),
     )
 
 

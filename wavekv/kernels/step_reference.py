@@ -14,7 +14,6 @@ from wavekv.kernels.reference_levels import (
     refine_levels,
 )
 from wavekv.kernels.step import (
-    AGES,
     AHEAD,
     ATTENDED,
     BIN_SHIFT,
@@ -65,6 +64,7 @@ __all__ = [
     "resolve",
     "score",
     "select",
+    "settle",
     "store",
     "value_slope",
 ]
@@ -266,12 +266,10 @@ def _resolve_head(
     # what was fetched ahead for this step was not found
     num_new = int((pool.ahead[b, h, hits] == now).sum())
     missing = ids[slots < 0]
-    free = (age != now).nonzero().squeeze(1)
-    # least recently used first, of equal ages the lower slot
-    rest = (now - age[free]).clamp(1, AGES - 1)
-    free = free[rest.sort(descending=True, stable=True).indices]
+    order = pool.order[b, h].long()
+    free = order[age[order] != now]
     taken = min(len(missing), scratch.victims.shape[2], len(free))
-    victims = free[:taken].sort().values
+    victims = free[:taken]
     displaced = owner[victims]
     table[displaced[displaced >= 0].long()] = -1
     # of equal ranks the lower page first
@@ -295,6 +293,16 @@ def _resolve_head(
     totalled[2] += len(missing) - taken
     totalled[3] += counts.sum()
     totalled[4] -= num_new
+
+
+def settle(pool: StepPool, counters: Tensor, shape: StepShape) -> None:
+    now = int(counters[CLOCK])
+    order = pool.order.long()
+    is_of_step = pool.age.gather(2, order) == now
+    # those of this step by their number, behind the others as these were
+    place = torch.arange(shape.slots, device=order.device) - shape.slots
+    keys = torch.where(is_of_step, order, place)
+    pool.order.copy_(order.gather(2, keys.argsort(-1)))
 
 
 def fetch(arena: StepArena, pool: StepPool, scratch: StepScratch, shape: StepShape) -> None:

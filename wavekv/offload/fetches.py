@@ -123,6 +123,9 @@ class PageFetches:
             self._fetch_runners_up(number, shape)
         elif self.config.max_misses is not None:
             self._fetch_left_out(number, shape)
+        with self._streams.beside(_LATER):
+            self._streams.await_mark(self._resolved)
+            self.ops.settle(pool, self.counters, shape)
 
     def wait(self) -> None:
         """Let the current stream wait for the pages that the step needs."""

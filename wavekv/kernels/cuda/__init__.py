@@ -9,7 +9,7 @@ from wavekv.kernels.cuda.estimate import estimate
 from wavekv.kernels.cuda.likely import list_likely
 from wavekv.kernels.cuda.rank import rank_pages
 from wavekv.kernels.cuda.refine import refine
-from wavekv.kernels.cuda.resolve import resolve
+from wavekv.kernels.cuda.resolve import resolve, settle
 from wavekv.kernels.cuda.score import score
 from wavekv.kernels.cuda.select import pick, select
 from wavekv.kernels.cuda.slope import value_slope
@@ -27,6 +27,7 @@ __all__ = [
     "resolve",
     "score",
     "select",
+    "settle",
     "store",
     "value_slope",
 ]

@@ -27,21 +27,29 @@ def _four_products(codes, query_words, total, DP4A: tl.constexpr):
 
 
 @triton.jit
+def _eight_products(codes, after, pair, total, DP4A: tl.constexpr):
+    """`_four_products` of codes and of those after them with two words of a query."""
+    total = _four_products(codes, pair.to(tl.int32), total, DP4A)
+    return _four_products(after, (pair >> 32).to(tl.int32), total, DP4A)
+
+
+@triton.jit
 def _add_word(
     word, a, b, c, d, query, NUM: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr, DP4A
 ):
-    """Add what one word of a plane gives with the first NUM heads' query words from `query` on, of
-    which each head has W."""
+    """Add what one word of a plane gives with the first NUM heads' pairs of query words from
+    `query` on, of which each head has W / 2."""
     MASK: tl.constexpr = 0x03030303 if BITS == 2 else 0x01010101
-    for k in tl.static_range(8 // BITS):
-        codes = (word >> (BITS * k)) & MASK
-        a = _four_products(codes, tl.load(query + k), a, DP4A)
+    for k in tl.static_range(4 // BITS):
+        codes = (word >> (2 * BITS * k)) & MASK
+        after = (word >> (2 * BITS * k + BITS)) & MASK
+        a = _eight_products(codes, after, tl.load(query + k), a, DP4A)
         if NUM > 1:
-            b = _four_products(codes, tl.load(query + W + k), b, DP4A)
+            b = _eight_products(codes, after, tl.load(query + W // 2 + k), b, DP4A)
         if NUM > 2:
-            c = _four_products(codes, tl.load(query + 2 * W + k), c, DP4A)
+            c = _eight_products(codes, after, tl.load(query + W + k), c, DP4A)
         if NUM > 3:
-            d = _four_products(codes, tl.load(query + 3 * W + k), d, DP4A)
+            d = _eight_products(codes, after, tl.load(query + 3 * W // 2 + k), d, DP4A)
     return a, b, c, d
 
 
@@ -65,11 +73,12 @@ def plane_products(
     heads' mixed queries.
 
     words: the address of the first word of each row; its WORDS words lie `apart` from each other.
-    query: the first head's W query words, those of the other heads behind them.
+    query: the first head's W query words as pairs in int64 (one load for two), those of the other
+    heads behind them.
     """
     for w in tl.static_range(WORDS):
         word = tl.load(words + w * apart, mask=mask, other=0)
-        a, b, c, d = _add_word(word, a, b, c, d, query + w * (8 // BITS), NUM, W, BITS, DP4A)
+        a, b, c, d = _add_word(word, a, b, c, d, query + w * (4 // BITS), NUM, W, BITS, DP4A)
     return a, b, c, d
 
 

@@ -19,9 +19,9 @@ _BLOCK = 16
 _WARPS = 1
 _REGISTERS = {FIRST: 64, SECOND: 128}
 """Of a thread at most: with more of them too few warps run at once to hide what a load takes."""
-_PROGRAMS = {FIRST: 16, SECOND: 8}
-"""Programs that share the candidates of `COUNT_BLOCK` pages: about as many as have something to do,
-where one page in four is a candidate, and one in sixteen a finalist."""
+_PARTS = {FIRST: 16, SECOND: 8}
+"""Of the candidates of `COUNT_BLOCK` pages: about as many as hold something, where one page in four
+is a candidate, and one in sixteen a finalist."""
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _refine(
     W: tl.constexpr,
     BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
-    PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,
     USE_LOW: tl.constexpr,
     BY_MASS: tl.constexpr,
     USE_VARIANCE: tl.constexpr,
@@ -128,7 +128,7 @@ def _refine(
     MIDDLE: tl.constexpr = (
         (2 ** (HIGH_BITS + LOW_BITS) - 1) / 2 if USE_LOW else ((2**HIGH_BITS - 1) / 2 * 2**LOW_BITS)
     )
-    block, start = program // PROGRAMS, (program % PROGRAMS) * BLOCK
+    block, start = program // PARTS, (program % PARTS) * BLOCK
     if block * COUNTED < tl.load(counters + 2):
         num_listed = tl.load(block_count + row * tl.cdiv(N, COUNTED) + block)
         while start < num_listed:
@@ -155,7 +155,7 @@ def _refine(
             means = mean + row * N * MEAN_WORDS + (n // K) * (MEAN_WORDS * K) + n % K
             zero, none = tl.zeros([BLOCK, PP], tl.int32), tl.zeros([BLOCK], tl.int32)
             for first in tl.static_range(0, G, HEADS):
-                here = query_words + (row * G + first) * W
+                here = query_words + (row * G + first) * (W // 2)
                 a, b, c, d = plane_products(
                     *(highs, P, wanted, here, zero, zero, zero, zero),
                     *(min(HEADS, G - first), HIGH_WORDS, W, HIGH_BITS, HARDWARE),
@@ -198,7 +198,7 @@ def _refine(
                         USE_VARIANCE,
                         SOFTCAP,
                     )
-            start += PROGRAMS * BLOCK
+            start += PARTS * BLOCK
 
 
 def refine(
@@ -224,7 +224,7 @@ def refine(
         "W": scratch.query_words.shape[2],
         "BLOCK": _BLOCK,
         "COUNTED": COUNT_BLOCK,
-        "PROGRAMS": _PROGRAMS[stage],
+        "PARTS": _PARTS[stage],
         "USE_LOW": stage == SECOND,
         # a cap cannot be undone
         "BY_MASS": stage == FIRST and shape.softcap is None,
@@ -236,11 +236,16 @@ def refine(
     }
     launch(
         _refine,
-        (triton.cdiv(N, COUNT_BLOCK) * _PROGRAMS[stage], shape.rows),
+        (triton.cdiv(N, COUNT_BLOCK) * _PARTS[stage], shape.rows),
         *(counters, scratch.block_count, scratch.listed, index.counts, index.variance),
         *(index.mean.view(torch.int32), index.mean_step),
         *(index.high.view(torch.int32), index.low.view(torch.int32), index.key_step),
-        *(scratch.query_words, scratch.query_step, scratch.query_square, scratch.block_logits),
+        *(
+            scratch.query_words.view(torch.int64),
+            scratch.query_step,
+            scratch.query_square,
+            scratch.block_logits,
+        ),
         *(scratch.log_mass, scratch.shift, N, shape.softcap or 1.0),
         **options,
     )

@@ -120,7 +120,7 @@ def _score(
         words = mean + row * N * WORDS + b[:, None] * (WORDS * K) + tl.arange(0, K)[None, :]
         zero = tl.zeros([BLOCKS, K], tl.int32)
         for first in tl.static_range(0, G, HEADS):
-            here = query_words + (row * G + first) * W
+            here = query_words + (row * G + first) * (W // 2)
             p, q, r, s = plane_products(
                 *(words, K, is_page, here, zero, zero, zero, zero),
                 *(min(HEADS, G - first), WORDS, W, BITS, HARDWARE),
@@ -192,7 +192,12 @@ def score(
         (triton.cdiv(shape.capacity, SCORE_BLOCK), shape.rows),
         *(counters, index.counts, index.variance),
         *(index.mean.view(torch.int32), index.mean_step),
-        *(scratch.query_words, scratch.query_step, scratch.query_square, scratch.block_logits),
+        *(
+            scratch.query_words.view(torch.int64),
+            scratch.query_step,
+            scratch.query_square,
+            scratch.block_logits,
+        ),
         *(scratch.log_mass, scratch.shift, scratch.status),
         *(scratch.block_max, scratch.block_sum),
         *(shape.capacity, shape.softcap or 1.0),

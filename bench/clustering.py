@@ -91,7 +91,7 @@ class Statistics:
         self.variance = by_layer(mean(k.square()).mean(-1))
         self.value_mean = by_layer(value_mean)
         k, v = k.view(R, -1, D), v.view(R, -1, D)
-        self.scatter = by_layer(torch.stack([k.mT @ k, v.mT @ k], dim=1))
+        self.scatter = by_layer(torch.stack([k.mT @ k, v.mT @ k], dim=1)).bfloat16()
         # [L, H, T] cluster among all of the head
         starts = C * torch.arange(T // labels.shape[1]).unsqueeze(1)
         self.labels = (labels.view(L, H, -1, labels.shape[1]) + starts).view(L, H, T)

@@ -77,7 +77,7 @@ def random_pages(num_pages: int, device: torch.device, seed: int = 0) -> tuple[S
         pages[:, first : first + n] = torch.stack([keys, values], 2)
     summary = [torch.cat(part, 1)[None] for part in zip(*parts, strict=True)]
     ids = torch.arange(KV_HEADS * num_pages, device=device).view(1, KV_HEADS, num_pages)
-    scatter = torch.stack(scatters, 1)[None]
+    scatter = torch.stack(scatters, 1).bfloat16()[None]
     return StepPages(PageIndex._make(summary), scatter, ids), pages
 
 

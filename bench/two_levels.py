@@ -159,7 +159,7 @@ class Head:
             page_scatter(*(x[:, a : a + SPAN] for x in pages)) for a in range(0, num_pages, SPAN)
         ]
         # each query is a head of its own for the kernel
-        scatter = torch.stack(spans, 1)[:, None]
+        scatter = torch.stack(spans, 1).bfloat16()[:, None]
         self.slope = value_slope(scaled[None], scatter, scale=1.0)[0]
         steady = torch.cat([torch.arange(SINKS), torch.arange(len(keys) - LATEST, len(keys))])
         logits = scaled @ keys[steady].T

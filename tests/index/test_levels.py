@@ -98,7 +98,7 @@ def level_pages(seed: int, num_pages: int = 256) -> tuple[LevelPages, Tensor]:
     keys, values, _ = clustered(seed, 2, num_pages, 8, 32)
     counts = torch.full((2, num_pages), 8, dtype=torch.int32)
     made = index_of_pages(keys, values, counts, 16)
-    scatter = page_scatter(keys, values, counts)
+    scatter = page_scatter(keys, values, counts).bfloat16()
     index = PageIndex._make(part[None] for part in made)
     query = torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(seed))
     return LevelPages(index, scatter[None, :, None], num_pages), query

@@ -166,13 +166,13 @@ def test_a_header_that_does_not_fit_itself_is_refused(saved, tmp_path, change, m
         WaveIndex.load(tmp_path / "index", mmap=mmap)
 
 
-@pytest.mark.parametrize("version", [1, 7])
+@pytest.mark.parametrize("version", [2, 7])
 def test_another_format_says_so(saved, tmp_path, version: int) -> None:
     raw = bytearray(saved.read_bytes())
     raw[8:12] = struct.pack("<I", version)
     (tmp_path / "index").write_bytes(raw)
     message = (
-        rf"expected .*index in format version 2, got {version}; the wavekv that wrote it reads"
+        rf"expected .*index in format version 3, got {version}; the wavekv that wrote it reads"
     )
     for read in (WaveIndex.load, WaveIndex.describe):
         with pytest.raises(IndexFormatError, match=message):

@@ -125,7 +125,7 @@ def make_case(
     flat = [x.flatten(0, 1) for x in (keys, values, counts)]
     summary = index_of_pages(*flat, block_pages)
     spans = -(-N // span_pages)
-    scatter = torch.zeros(B * H, spans, 2, D, D)
+    scatter = torch.zeros(B * H, spans, 2, D, D, dtype=torch.bfloat16)
     for span in range(spans):
         part = slice(span * span_pages, (span + 1) * span_pages)
         scatter[:, span] = page_scatter(flat[0][:, part], flat[1][:, part], flat[2][:, part])

@@ -84,7 +84,7 @@ def make_case(
     scatter = torch.randn(batch, kv_heads, 2, 2, D, D, generator=random)
     scatter[:, :, :, 0] = scatter[:, :, :, 0] @ scatter[:, :, :, 0].mT
     shape = batch, kv_heads, N, page_size, D
-    return Case(query, index, softcap, stored.view(shape), scatter, random)
+    return Case(query, index, softcap, stored.view(shape), scatter.bfloat16(), random)
 
 
 def _with_room(part: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def test_slope_is_the_least_squares_fit_of_values_to_the_logit(
 ) -> None:
     # [Hkv * S, N, P, D]: a row for each span
     keys, values, counts = make_pages(seed, kv_heads * spans, 6, 8, 4)
-    scatter = page_scatter(keys, values, counts).reshape(1, kv_heads, spans, 2, 4, 4)
+    scatter = page_scatter(keys, values, counts).bfloat16().reshape(1, kv_heads, spans, 2, 4, 4)
     query = torch.randn(1, kv_heads * group, 4, generator=torch.Generator().manual_seed(seed))
     slope = value_slope(query, scatter, scale=scale)
     assert slope.shape == (1, kv_heads * group, spans, 4)
@@ -61,7 +61,8 @@ def test_values_that_follow_the_logit_are_estimated_exactly() -> None:
     log_mass = logits.logsumexp(-1)
     shift = (logits.softmax(-1) * (logits - logits.mean(-1, keepdim=True))).sum(-1)
     exact = (logits.flatten().softmax(-1)[None] @ values.flatten(0, 2))[None]
-    slope = value_slope(query, page_scatter(keys, values, counts)[:, None, None], scale=1.0)
+    scatter = page_scatter(keys, values, counts).bfloat16()
+    slope = value_slope(query, scatter[:, None, None], scale=1.0)
     nothing = torch.empty(1, 1, 0, dtype=torch.int64)
     plain, _ = estimate(log_mass[None], values.mean(2)[None], nothing)
     leaning, lse = estimate(
@@ -74,7 +75,7 @@ def test_values_that_follow_the_logit_are_estimated_exactly() -> None:
 def test_slope_of_a_view_of_a_larger_buffer() -> None:
     """As a zone keeps it, for a batch; any dtype of query."""
     keys, values, counts = make_pages(1, 12, 6, 8, 4)
-    buffer = torch.full((2, 3, 5, 2, 4, 4), torch.nan)
+    buffer = torch.full((2, 3, 5, 2, 4, 4), torch.nan, dtype=torch.bfloat16)
     buffer[:, :, :2] = page_scatter(keys, values, counts).reshape(2, 3, 2, 2, 4, 4)
     query = torch.randn(2, 6, 4).bfloat16()
     slope = value_slope(query, buffer[:, :, :2], scale=0.5)
@@ -95,7 +96,7 @@ def test_degenerate_keys_give_a_finite_slope(keys: str) -> None:
         made = made[..., :1] * torch.eye(8)[0]
     else:
         made = made * 1e6
-    scatter = page_scatter(made, values, counts)[:, None, None]
+    scatter = page_scatter(made, values, counts).bfloat16()[:, None, None]
     for query in (torch.randn(1, 2, 8), torch.eye(8)[1].expand(1, 2, 8), torch.zeros(1, 2, 8)):
         slope = value_slope(query, scatter, scale=0.3)
         assert slope.isfinite().all()
@@ -104,11 +105,11 @@ def test_degenerate_keys_give_a_finite_slope(keys: str) -> None:
 
 
 def test_wrong_scatter_and_slope_are_named() -> None:
-    query, scatter = torch.randn(1, 4, 8), torch.zeros(1, 2, 3, 2, 8, 8)
+    query, scatter = torch.randn(1, 4, 8), torch.zeros(1, 2, 3, 2, 8, 8).bfloat16()
     with pytest.raises(ValueError, match=r"scatter must be \[B, Hkv, S, 2, D, D\]"):
         value_slope(query, scatter[:, :, 0], scale=1.0)
-    with pytest.raises(ValueError, match=r"scatter must be .*float32, got .*float64"):
-        value_slope(query, scatter.double(), scale=1.0)
+    with pytest.raises(ValueError, match=r"scatter must be .*bfloat16, got .*float32"):
+        value_slope(query, scatter.float(), scale=1.0)
     with pytest.raises(ValueError, match="query must be"):
         value_slope(query[..., :4], scatter, scale=1.0)
     masses, values = torch.zeros(1, 4, 9), torch.zeros(1, 2, 9, 8)

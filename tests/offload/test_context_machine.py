@@ -278,7 +278,7 @@ def check_index(paged: PagedZone, keys: Tensor, values: Tensor) -> None:
 
 
 def check_scatter(paged: PagedZone, keys: Tensor, values: Tensor) -> None:
-    """Each span has the scatter of its own pages."""
+    """Each span has the scatter of its own pages, a page of four tokens being 3 % of a span."""
     B, H, N = paged.counts.view.shape
     P = paged.arena.layout.page_size
     keys, values = (x.reshape(B * H, N, P, D) for x in (keys, values))
@@ -290,7 +290,9 @@ def check_scatter(paged: PagedZone, keys: Tensor, values: Tensor) -> None:
         part = slice(number * size, (number + 1) * size)
         expected = page_scatter(keys[:, part], values[:, part], counts[:, part])
         found = spans[:, :, number].reshape(B * H, 2, D, D)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        # what is kept was rounded with each segment
+        error = (found.float() - expected).norm(dim=(2, 3))
+        assert (error <= 0.01 * expected.norm(dim=(2, 3)) + 1e-4).all()
 
 
 def test_zones_hold_every_token_once(device: torch.device) -> None:

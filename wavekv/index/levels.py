@@ -25,7 +25,7 @@ class LevelPages(NamedTuple):
 
     summary: PageIndex
     scatter: Tensor
-    """[B, Hkv, S, 2, D, D] within-page scatter of each span."""
+    """[B, Hkv, S, 2, D, D] bfloat16 within-page scatter of each span."""
     span_pages: int
 
 

@@ -26,7 +26,7 @@ class PageSummary(NamedTuple):
     code_scale: Tensor
     page_scale: Tensor
     scatter: Tensor
-    """[B, Hkv, S, 2, D, D] within-page scatter of each span."""
+    """[B, Hkv, S, 2, D, D] bfloat16 within-page scatter of each span."""
     span_pages: int
 
 

@@ -16,21 +16,22 @@ _TOKENS_PER_DIM = 16
 
 def pages_of_span(segment: int, page_size: int, head_dim: int) -> int:
     """Pages of a span: a segment's, so that the scatter follows where the text goes, but never so
-    few that its 8 D^2 bytes exceed an eighth of those of bfloat16 pages."""
+    few that its 4 D^2 bytes exceed a sixteenth of those of bfloat16 pages."""
     return max(segment, _TOKENS_PER_DIM * head_dim) // page_size
 
 
 class SpanScatter:
-    """Scatter [B, Hkv, S, 2, D, D] float32, summed over each span of `span_pages` pages in a row.
+    """Scatter [B, Hkv, S, 2, D, D] bfloat16, summed over each span of `span_pages` pages in a row.
 
-    The last span may be short; it grows until it is full.
+    The last span may be short; it grows until it is full. Sums are made in float32 and rounded when
+    they are kept (`add_rounded`).
     """
 
     def __init__(self, like: Tensor, span_pages: int) -> None:
         """like: [B, Hkv, 0, D] fixes shape and device."""
         B, H, _, D = like.shape
         self.span_pages = span_pages
-        self.spans = GrowingTensor(like.new_empty(B, H, 0, 2, D, D, dtype=torch.float32), dim=2)
+        self.spans = GrowingTensor(like.new_empty(B, H, 0, 2, D, D, dtype=torch.bfloat16), dim=2)
 
     def add(self, first_page: int, scatter: Tensor) -> None:
         """Add pages from `first_page` on: their scatter as from `scatter_by_span`. All or nothing.
@@ -41,7 +42,7 @@ class SpanScatter:
         assert shared in (0, 1)
         self.spans.append(scatter[:, :, shared:])
         if shared:
-            self.spans.view[:, :, first_page // self.span_pages] += scatter[:, :, 0]
+            add_rounded(self.spans.view[:, :, first_page // self.span_pages], scatter[:, :, 0])
 
     def reserve(self, num_pages: int) -> None:
         """Make room for the spans of so many pages: up to there, `add` cannot fail."""
@@ -63,6 +64,12 @@ class SpanScatter:
         copy = object.__new__(SpanScatter)
         copy.span_pages, copy.spans = self.span_pages, self.spans.clone()
         return copy
+
+
+def add_rounded(kept: Tensor, scatter: Tensor) -> None:
+    """Add scatter, float32, in place to what is kept, bfloat16: a sum in float32, rounded once."""
+    # torch computes mixed types in the wider one; no copy of `kept` is needed for it
+    kept += scatter
 
 
 def scatter_by_span(

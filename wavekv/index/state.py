@@ -17,7 +17,7 @@ from wavekv.index.pages import (
     in_order,
 )
 from wavekv.index.params import BLOCK_PAGES, IndexParams
-from wavekv.index.scatter import SpanScatter, pages_of_span, scatter_by_span
+from wavekv.index.scatter import SpanScatter, add_rounded, pages_of_span, scatter_by_span
 from wavekv.index.segments import cut_segments
 from wavekv.kernels import SearchParts, checked
 
@@ -168,7 +168,7 @@ class IndexState:
             expected["forward"] = expected["backward"] = torch.float32, [H, D, D]
         if self.scatter is not None:
             spans = -(-num_pages // self.span_pages)
-            expected["scatter"] = torch.float32, [1, H, spans, 2, D, D]
+            expected["scatter"] = torch.bfloat16, [1, H, spans, 2, D, D]
         return expected
 
     def restore(self, tensors: Parts) -> None:
@@ -233,20 +233,19 @@ class IndexState:
         return torch.cat([held, self.tail], 2)
 
     def _scatter_before(self, kept: list[int]) -> Tensor | None:
-        """The scatter [1, H, 2, D, D] of the span in which the segments `kept` end, up to there;
-        None if they end with a span, or are all."""
+        """The scatter [1, H, 2, D, D] bfloat16 of the span in which the segments `kept` end, up to
+        there; None if they end with a span, or are all."""
         first = sum(kept) // self.params.page_size
         begin = first - first % self.span_pages
         if self.scatter is None or first in (begin, self.pages.num_pages):
             return None
         # segment by segment, as it was summed at first: the same order, the same rounding
-        total, page = None, 0
+        total, page = torch.zeros_like(self.scatter.spans.view[:, :, 0]), 0
         for length in kept:
             after = page + length // self.params.page_size
             if after > begin:
                 pages = self.pages["pages"][:, max(page, begin) : after]
-                part = self._scatter_of(pages, 0)[:, :, 0]
-                total = part if total is None else total + part
+                add_rounded(total, self._scatter_of(pages, 0)[:, :, 0])
             page = after
         return total
 

@@ -29,7 +29,7 @@ from wavekv.errors import IndexFormatError, InputError
 from wavekv.index.params import IndexParams
 from wavekv.index.state import Expected, IndexState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MAGIC = b"WAVEKVIX"
 _PREAMBLE = struct.Struct("<8sIQQI")
 _ALIGNMENT = 4096

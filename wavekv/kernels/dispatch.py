@@ -237,8 +237,8 @@ def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
     of keys and C of values with keys, C q / (q^T K q). A ridge of 1 % of sum_d q_d^2 K_dd bounds
     the slope where keys hardly vary along the query. One matrix product: torch for every backend.
 
-    query: [B, Hq, D]. scatter: [B, Hkv, S, 2, D, D] float32, K and C of each span (see
-    `wavekv.index.page_scatter`), contiguous from S on. scale multiplies the logits.
+    query: [B, Hq, D]. scatter: [B, Hkv, S, 2, D, D] bfloat16, K and C of each span (see
+    `wavekv.index.page_scatter`). scale multiplies the logits. Sums are made in float32.
     Returns slope [B, Hq, S, D] float32, a change of value per unit of logit before any soft cap.
     """
     if scatter.dim() != 6 or scatter.shape[3] != 2:
@@ -246,7 +246,7 @@ def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
     batch, kv_heads, spans, _, width, _ = scatter.shape
     checks.expect_heads("query", query, batch, kv_heads, width)
     expected = (batch, kv_heads, spans, 2, width, width)
-    checks.expect("scatter", scatter, expected, torch.float32, like=query)
+    checks.expect("scatter", scatter, expected, torch.bfloat16, like=query)
     return reference.value_slope(query, scatter, scale=scale)
 
 

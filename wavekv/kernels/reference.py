@@ -186,7 +186,8 @@ def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
     B, Hkv, S, _, D, _ = scatter.shape
     # [B, Hkv, D, G]
     q = by_group(query, Hkv).mT * scale
-    # one product for all spans, which reads a view of a larger buffer in place; [B, Hkv, S, D, G]
+    scatter = scatter.float()
+    # one product for all spans; [B, Hkv, S, D, G]
     key_part, value_part = (scatter.flatten(2, 4) @ q).unflatten(2, (S, 2, D)).unbind(3)
     spread = (key_part * q.unsqueeze(2)).sum(3)
     variances = scatter[:, :, :, 0].diagonal(dim1=-2, dim2=-1)

@@ -133,7 +133,7 @@ class StepPages(NamedTuple):
     summary: PageIndex
     """Of [B, Hkv] rows. What belongs to an empty page may be anything, its count excepted."""
     scatter: Tensor
-    """[B, Hkv, spans, 2, D, D] float32"""
+    """[B, Hkv, spans, 2, D, D] bfloat16"""
     arena_ids: Tensor
     """[B, Hkv, N] int64: where the host arena holds each page."""
 

@@ -1,9 +1,9 @@
 """Pages of generated tokens, built for all layers at once beside the steps of a decode engine.
 
 The oldest local tokens stay in the ring while pages are made of them on a stream of their own,
-behind the pages that steps read. Between two steps their scatter is added to that of their span and
-the counters move on: from there the tokens are in their pages and no longer local. On CUDA the work
-is one graph, so that it costs the host a launch.
+behind the pages that steps read. Between two steps their spans get a scatter that includes them,
+and the counters move on: from there the tokens are in their pages and no longer local. On CUDA the
+work is one graph, so that it costs the host a launch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wavekv.index import page_scatter
+from wavekv.index.scatter import add_rounded
 from wavekv.kernels.page_codec import encode_pages
 from wavekv.kernels.page_index import pages_of_parts
 from wavekv.kernels.step import PAGES, START, StepArena, StepShape
@@ -46,8 +47,9 @@ class Growth:
         self._host_ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
         self._counts = torch.zeros(size, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(*size, shape.page_size, dtype=torch.int32, device=device)
+        # a segment may begin in one span and end in the next
         D = shape.head_dim
-        self._scatters = torch.zeros(2, *size[:3], 2, D, D, device=device)
+        self._totals = torch.zeros(2, *size[:3], 2, D, D, dtype=torch.bfloat16, device=device)
         self._spans = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self._moved = torch.zeros(4, dtype=torch.int32, device=device)
         self._moved[PAGES], self._moved[START] = self.num_pages, segment
@@ -59,7 +61,7 @@ class Growth:
     @property
     def nbytes(self) -> int:
         """Bytes of its buffers on the device."""
-        buffers = self._arena_ids, self._counts, self._token_ids, self._scatters
+        buffers = self._arena_ids, self._counts, self._token_ids, self._totals
         return sum(buffer.nbytes for buffer in (*buffers, self._spans, self._moved))
 
     @property
@@ -112,9 +114,10 @@ class Growth:
             torch.cuda.current_stream(self.ring.device).wait_event(self._done)
             self._done.synchronize()
         for number, layer in enumerate(self.layers):
-            for k in range(2):
-                scatter = self._scatters[k, number].unsqueeze(2)
-                layer.pages.scatter.index_add_(2, self._spans[k], scatter)
+            # the first last: without a next span both name the same, and the first has the pages
+            for k in (1, 0):
+                total = self._totals[k, number].unsqueeze(2)
+                layer.pages.scatter.index_copy_(2, self._spans[k], total)
         self.counters.add_(self._moved)
         self.is_running = False
         assert self._host is not None
@@ -147,15 +150,11 @@ class Growth:
             stored = encode_pages(stored, formed.counts.flatten(), shape.codec)
         self.ops.store(stored, self._arena_ids.flatten(), self.arena)
         pages = first + torch.arange(n, device=device)
-        # a segment may begin in one span and end in the next
         span = first // shape.span_pages
         in_first = pages // shape.span_pages == span
-        scatters = [
-            page_scatter(formed.keys, formed.values, formed.counts * part.int()).unflatten(
-                0, (L, B, H)
-            )
-            for part in (in_first, ~in_first)
-        ]
+        for k, part in enumerate((in_first, ~in_first)):
+            scatter = page_scatter(formed.keys, formed.values, formed.counts * part.int())
+            self._add_to_span(k, span + k, scatter.unflatten(0, (L, B, H)))
         for every, name in zip(
             pages_of_parts(shape.block_pages), formed.summary._fields, strict=True
         ):
@@ -165,11 +164,16 @@ class Growth:
                 getattr(layer.pages.summary, name).index_copy_(2, places, part[number])
         for number, layer in enumerate(self.layers):
             layer.pages.arena_ids.index_copy_(2, pages, self._arena_ids[number])
-        # steps read the span that these belong to: they are added when the pages become visible
+
+    def _add_to_span(self, k: int, span: Tensor, scatter: Tensor) -> None:
+        """The totals `k`: of the span, as steps read it until the pages become visible, and of the
+        scatter [layers, B, Hkv, 2, D, D] of pages."""
         last = self.layers[0].pages.scatter.shape[2] - 1
-        for k, scatter in enumerate(scatters):
-            self._spans[k].copy_((span + k).clamp(max=last))
-            self._scatters[k].copy_(scatter)
+        self._spans[k].copy_(span.clamp(max=last))
+        for number, layer in enumerate(self.layers):
+            total = self._totals[k, number]
+            total.copy_(layer.pages.scatter.index_select(2, self._spans[k]).squeeze(2))
+            add_rounded(total, scatter[number])
 
 
 def _to_host(tensor: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ class SegmentPages:
     index: PageIndex
     """Of [B, Hkv] rows and n pages, device."""
     scatter: Tensor
-    """[B, Hkv, m, 2, D, D] within-page scatter of each span touched, device (`scatter_by_span`)."""
+    """[B, Hkv, m, 2, D, D] float32 within-page scatter of each span touched, device
+    (`scatter_by_span`)."""
     num_resident: int = 0
     """How many pages, the first of each head, were put into the zone's `ResidentPages`."""
 
@@ -173,8 +174,8 @@ class PagedZone:
         return recovered[0], recovered[1], valid[:, :-1]
 
     def scatter_before(self, start: int) -> Tensor | None:
-        """The scatter [B, Hkv, 2, D, D] that the last span has after `truncate(start)`, from its
-        pages; None if it stays as it is."""
+        """The scatter [B, Hkv, 2, D, D] float32 that the last span has after `truncate(start)`,
+        from its pages; None if it stays as it is."""
         keep = self._pages_until(start)
         first = keep - keep % self.scatter.span_pages
         if keep in (first, self.num_pages):

@@ -35,8 +35,8 @@ def _value_slope(
         d, r = tl.arange(0, DP), block * ROWS + tl.arange(0, ROWS)
         at = scatter + (row * spans + span) * (2 * D * D) + r[:, None] * D + d[None, :]
         inside = (r < D)[:, None] & (d < D)[None, :]
-        keys = tl.load(at, mask=inside, other=0.0)
-        values = tl.load(at + D * D, mask=inside, other=0.0)
+        keys = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(at + D * D, mask=inside, other=0.0).to(tl.float32)
         diagonal = tl.sum(tl.where(d[None, :] == r[:, None], keys, 0.0), 1)
         for head in tl.static_range(G):
             here = query + (row * G + head) * D

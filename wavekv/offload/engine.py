@@ -50,6 +50,7 @@ from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
 from wavekv.offload.pool import fitted_shape
+from wavekv.offload.streams import ORDINARY, SideStreams
 
 _HOST_ROOM_TOKENS = 2048
 """Tokens whose pages have room in the host arena from the start: pinning takes 0.7 s for a GiB."""
@@ -126,6 +127,7 @@ class DecodeEngine:
             config=self.config,
             ops=ops,
         )
+        self._aside = SideStreams((ORDINARY,), self.device)
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
         self.last_queries: dict[int, Tensor] = {}
@@ -230,14 +232,16 @@ class DecodeEngine:
         counters, pages, pool = self.counters, layer.pages, layer.pool
         self._fetches.begin_layer(number)
         ops.score(q, k, v, self.new_valid, layer.steady, pages, counters, scratch, shape)
+        with self._aside.beside(0):
+            # what waits for no choice
+            ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
+            if shape.tail == "second":
+                ops.value_slope(q, pages, counters, scratch, shape)
         self._choose(layer, scratch, shape, fetched=number)
         self._fetches.wait_resolved()
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         self._fetches.start(number, shape)
-        # all that waits for no page, while pages are on their way
-        ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
-        if shape.tail == "second":
-            ops.value_slope(q, pages, counters, scratch, shape)
+        self._aside.join()
         ops.estimate(pages, counters, scratch, shape)
         self._fetches.wait()
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)

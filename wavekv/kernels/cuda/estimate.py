@@ -25,7 +25,9 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_TILE = 64
+_REGISTERS = 64
+"""Of a thread at most, where a value is narrow: more of them leave too few warps to hide loads."""
+_TILE = 32
 """Refined pages that are added at once."""
 _NARROW = 128
 """Bytes of floats that half a value makes, up to which four warps hold a tile."""
@@ -235,6 +237,7 @@ def estimate(pages: StepPages, counters: Tensor, scratch: StepScratch, shape: St
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "HARDWARE": uses_hardware(scratch.out),
         "num_warps": 4 if half_p * dtype.itemsize <= _NARROW else 8,
+        **({"maxnreg": _REGISTERS} if half_p * dtype.itemsize <= _NARROW else {}),
     }
     launch(
         _estimate,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,29 +24,37 @@ def _value_slope(
     ridge,
     SPAN_PAGES: tl.constexpr,
     G: tl.constexpr,
+    GP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     SPANS: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     span, block = part // PARTS, part % PARTS
     if span * SPAN_PAGES < tl.load(counters + 2):
-        d, r = tl.arange(0, DP), block * ROWS + tl.arange(0, ROWS)
-        at = scatter + (row * spans + span) * (2 * D * D) + r[:, None] * D + d[None, :]
-        inside = (r < D)[:, None] & (d < D)[None, :]
-        keys = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(at + D * D, mask=inside, other=0.0).to(tl.float32)
-        diagonal = tl.sum(tl.where(d[None, :] == r[:, None], keys, 0.0), 1)
-        for head in tl.static_range(G):
-            here = query + (row * G + head) * D
-            q = tl.load(here + d, mask=d < D, other=0.0).to(tl.float32) * scale
-            qr = tl.load(here + r, mask=r < D, other=0.0).to(tl.float32) * scale
-            spread = tl.sum(tl.sum(keys * q[None, :], 1) * qr + ridge * diagonal * qr * qr, 0)
-            to = (row * G + head) * SPANS + span
-            tl.store(slope_spread + to * PARTS + block, spread)
-            tl.store(slope + to * D + r, tl.sum(values * q[None, :], 1), mask=r < D)
+        g, d, r = tl.arange(0, GP), tl.arange(0, DP), block * ROWS + tl.arange(0, ROWS)
+        of_span = scatter + (row * spans + span) * (2 * D * D)
+        # transposed: a row of it goes to a column of the product
+        at = of_span + r[None, :] * D + d[:, None]
+        inside = (r < D)[None, :] & (d < D)[:, None]
+        keys = tl.load(at, mask=inside, other=0.0).to(DTYPE)
+        values = tl.load(at + D * D, mask=inside, other=0.0).to(DTYPE)
+        diagonal = tl.load(of_span + r * D + r, mask=r < D, other=0.0).to(tl.float32)
+        of_head, is_head = (row * G + g)[:, None], (g < G)[:, None]
+        here = query + of_head * D
+        q = tl.load(here + d[None, :], mask=is_head & (d < D)[None, :], other=0.0).to(DTYPE)
+        qr = tl.load(here + r[None, :], mask=is_head & (r < D)[None, :], other=0.0)
+        qr = qr.to(tl.float32) * scale
+        by_keys = tl.dot(q, keys, input_precision="ieee") * scale
+        by_values = tl.dot(q, values, input_precision="ieee") * scale
+        spread = tl.sum(by_keys * qr + ridge * diagonal[None, :] * qr * qr, 1)
+        to = (row * G + g) * SPANS + span
+        tl.store(slope_spread + to * PARTS + block, spread, mask=g < G)
+        to = slope + to[:, None] * D + r[None, :]
+        tl.store(to, by_values, mask=is_head & (r < D)[None, :])
 
 
 def value_slope(
@@ -57,11 +66,15 @@ def value_slope(
     options: dict[str, Any] = {
         "SPAN_PAGES": shape.span_pages,
         "G": shape.group,
+        # what a product has at least
+        "GP": max(16, power_of_two(shape.group)),
         "D": shape.head_dim,
-        "DP": power_of_two(shape.head_dim),
+        "DP": max(16, power_of_two(shape.head_dim)),
         "ROWS": SLOPE_ROWS,
         "PARTS": parts,
         "SPANS": spans,
+        # other queries are not those numbers
+        "DTYPE": tl.bfloat16 if query.dtype == torch.bfloat16 else tl.float32,
         "num_warps": 4,
     }
     launch(

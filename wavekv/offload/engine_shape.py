@@ -17,7 +17,7 @@ POOL_BUDGETS = 4
 victims nothing), unless `device_budget` allows fewer."""
 RUNNERS_UP = 1.25
 """Pages that are made resident for the next step, as a multiple of the budget."""
-LIKELY_SHARES = 0.4, 0.875
+LIKELY_SHARES = 0.75, 0.875
 """Pages that are fetched ahead of the choice, as shares of the budget, after the first and the
 second stage of ranking. Of these four in five and 19 in 20 are chosen (docs/log.md)."""
 

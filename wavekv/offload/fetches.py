@@ -8,7 +8,7 @@ next step begins when what it waits for is there, so that the two do not share t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import torch
@@ -91,15 +91,15 @@ class PageFetches:
         scratch = self._likely.get(stage)
         if scratch is None:
             return
-        with self._streams.beside(_LIKELY):
+        # beside the first refinement, which fills the device, this would wait for its end
+        with self._streams.beside(_LIKELY) if stage == SECOND else nullcontext():
             self.ops.list_likely(self.counters, scratch, shape, stage=stage)
             self._listed = self._streams.mark()
             self._resolve(number, scratch, shape, AHEAD)
-            resolved = self._streams.mark()
+            self._resolved = self._streams.mark()
         with self._streams.beside(_NOW):
-            self._streams.await_mark(resolved)
+            self._streams.await_mark(self._resolved)
             self.ops.fetch(self.arena, self.layers[number].pool, scratch, shape)
-        self._resolved = resolved
 
     def wait_listed(self) -> None:
         """Let the current stream wait until the ranks of the last `start_likely` are read."""

@@ -236,8 +236,7 @@ def rank_pages(
         "USE_VARIANCE": shape.tail == "second",
         "SOFTCAP": shape.softcap is not None,
         "HARDWARE": uses_hardware(scratch.rank),
-        # what one warp reduces waits for no other
-        "num_warps": 1,
+        "num_warps": 4,
     }
     launch(
         _rank,

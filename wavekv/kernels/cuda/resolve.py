@@ -168,8 +168,8 @@ def resolve(
         "MARK": ATTENDED,
         "ATTENDS": purpose == CHOSEN,
         "IS_AHEAD": purpose == AHEAD,
-        # few enough to find room beside other kernels
-        "num_warps": min(8, max(4, power_of_two(M) // 256)),
+        # beside other kernels there is room for few
+        "num_warps": min(16 if purpose == CHOSEN else 8, max(4, power_of_two(M) // 256)),
     }
     launch(
         _resolve,

@@ -175,6 +175,34 @@ def test_any_length_padding_and_crop(
             context.settle()
 
 
+@pytest.mark.parametrize("slots", [1.0, 1.5, 4.0])
+def test_what_is_fetched_ahead_changes_no_output(
+    monkeypatch: pytest.MonkeyPatch, slots: float
+) -> None:
+    """Also where slots are scarce: whatever is fetched in vain, all that is chosen has a place."""
+    outs: list[list[Tensor]] = []
+    ahead, moved = [], []
+    for shares in ((0.0, 0.0), (0.75, 0.875)):
+        monkeypatch.setattr("wavekv.offload.engine_shape.LIKELY_SHARES", shares)
+        steps = Steps(11)
+        contexts, _ = started(steps, 400, budget=0.1)
+        limit_slots(contexts, int(slots * wanted_shape(contexts).most))
+        engine = DecodeEngine(contexts, step_reference)
+        outs.append([out for _ in range(25) for out in engine_step(engine, steps.token())])
+        paging = sum(layer.totals.paging.sum((0, 1)) for layer in engine.layers)
+        found, fetched, left, _, vain = paging.tolist()
+        assert left == 0
+        moved.append(found + fetched)
+        ahead.append((engine.layers[0].pool.ahead >= 0).any())
+        assert (vain > 0) <= ahead[-1]
+        engine.give_back()
+    for one, other in zip(*outs, strict=True):
+        assert torch.equal(one, other)
+    assert moved[0] == moved[1] > 0
+    assert not ahead[0]
+    assert ahead[1] == (slots > 1)
+
+
 def test_to_the_end_of_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Budgets grow with the context: the last step of an engine chooses the most pages."""
     monkeypatch.setattr("wavekv.offload.room.ROOM_TOKENS", 64)

@@ -42,7 +42,7 @@ def load_queries(
     head = (column % GP)[None, :, None, None, None]
     is_own = (column // GP == SET)[None, :, None, None, None]
     x = tl.load(query + head * WIDTH + d, mask=is_own & (head < G) & (d < WIDTH), other=0)
-    return tl.reshape(tl.permute(x, (3, 2, 0, 4, 1)), [32 * QUADS, COLUMNS])
+    return tl.reshape(tl.permute(x, (2, 0, 3, 4, 1)), [32 * QUADS, COLUMNS])
 
 
 @triton.jit
@@ -156,9 +156,9 @@ def add_products(low, high, queries, total):
     PAGES: tl.constexpr = low.shape[1]
     ROWS: tl.constexpr = total.shape[0]
     QUADS: tl.constexpr = queries.shape[0] // 32
-    # halves, then quads, then words, then their bytes
+    # quads, then words, then halves, then their bytes
     x = tl.reshape(tl.join(low, high), [4, PAGES, QUADS, ROWS // PAGES, 4, 2])
-    x = tl.reshape(tl.permute(x, (3, 1, 5, 2, 0, 4)), [ROWS, 32 * QUADS])
+    x = tl.reshape(tl.permute(x, (3, 1, 2, 0, 5, 4)), [ROWS, 32 * QUADS])
     return tl.dot(x, queries, total, out_dtype=tl.int32)
 
 

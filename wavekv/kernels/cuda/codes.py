@@ -23,6 +23,7 @@ def load_queries(
     ODD: tl.constexpr,
     SET: tl.constexpr,
     SETS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     G: tl.constexpr,
     WIDTH: tl.constexpr,
     QUADS: tl.constexpr,
@@ -32,7 +33,6 @@ def load_queries(
 
     query: the int8 queries, WIDTH bytes each.
     """
-    COLUMNS: tl.constexpr = 8
     GP: tl.constexpr = COLUMNS // SETS
     word, column, quad = tl.arange(0, 4), tl.arange(0, COLUMNS), tl.arange(0, QUADS)
     half, byte = tl.arange(0, 2), tl.arange(0, 4)
@@ -46,42 +46,44 @@ def load_queries(
 
 
 @triton.jit
-def load_high(plane, n, wanted, P: tl.constexpr, PP: tl.constexpr, WORDS: tl.constexpr, QUADS):
-    """Words of the high plane of pages n [PAGES] as bytes [4, PAGES, QUADS * parts, bytes]."""
-    BYTES: tl.constexpr = 4 * PP if PP < 4 else 16
-    PARTS: tl.constexpr = 4 * PP // BYTES
-    part, byte = tl.arange(0, QUADS * PARTS)[None, None, :, None], tl.arange(0, BYTES)
-    word = 4 * (part // PARTS) + tl.arange(0, 4)[:, None, None, None]
-    byte = BYTES * (part % PARTS) + byte[None, None, None, :]
-    at = n.to(tl.int64)[None, :, None, None] * (WORDS * P * 4) + word * (P * 4) + byte
-    mask = wanted[None, :, None, None] & (word < WORDS) & (byte < 4 * P)
-    return tl.load(plane + at, mask=mask, other=0)
+def _packed(x, y, CODE: tl.constexpr):
+    """Instructions on the bytes of x and y, four at a time."""
+    return tl.inline_asm_elementwise(CODE, "=r,r,r", [x, y], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
-def load_low(plane, n, wanted, P: tl.constexpr, PP: tl.constexpr, WORDS: tl.constexpr, QUADS, ASM):
-    """Those of the low plane that go with `load_high`, in the low four bits of each byte."""
+def load_plane(
+    plane,
+    n,
+    wanted,
+    P: tl.constexpr,
+    PP: tl.constexpr,
+    WORDS: tl.constexpr,
+    QUADS: tl.constexpr,
+    IS_LOW: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Words of the high plane of pages n [PAGES] as bytes [4, PAGES, QUADS * parts, bytes]; or of
+    the low plane what goes with them, in the low four bits of each byte."""
     BYTES: tl.constexpr = 4 * PP if PP < 4 else 16
     PARTS: tl.constexpr = 4 * PP // BYTES
     part, byte = tl.arange(0, QUADS * PARTS)[None, None, :, None], tl.arange(0, BYTES)
     word = 4 * (part // PARTS) + tl.arange(0, 4)[:, None, None, None]
     byte = BYTES * (part % PARTS) + byte[None, None, None, :]
-    # a word of this plane goes with two of the other
-    at = n.to(tl.int64)[None, :, None, None] * (WORDS * P * 4) + word // 2 * (P * 4) + byte
-    mask = wanted[None, :, None, None] & (word // 2 < WORDS) & (byte < 4 * P)
+    # a word of one bit a dimension goes with two of two bits
+    at_word = word // 2 if IS_LOW else word
+    at = n.to(tl.int64)[None, :, None, None] * (WORDS * P * 4) + at_word * (P * 4) + byte
+    mask = wanted[None, :, None, None] & (at_word < WORDS) & (byte < 4 * P)
     x = tl.load(plane + at, mask=mask, other=0)
-    up = tl.broadcast_to(word % 2 * 4, x.shape).to(tl.int8)
-    if ASM:
-        x = tl.inline_asm_elementwise(
-            "{ .reg .b32 up; and.b32 up, $2, 4; shr.u32 $0, $1, up; }",
-            "=r,r,r",
-            [x, up],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        x = x >> up
+    if IS_LOW:
+        is_second = tl.broadcast_to(word % 2, x.shape) == 1
+        if ASM:
+            second = tl.where(is_second, -1, 0).to(tl.int8)
+            x = _packed(
+                x, second, "{ .reg .b32 t; shr.u32 t, $1, 4; lop3.b32 $0, $2, t, $1, 0xca; }"
+            )
+        else:
+            x = tl.where(is_second, x >> 4, x)
     return x
 
 
@@ -89,59 +91,45 @@ def load_low(plane, n, wanted, P: tl.constexpr, PP: tl.constexpr, WORDS: tl.cons
 def high_codes(x, ODD: tl.constexpr, ASM: tl.constexpr):
     """Codes of the high plane for `load_queries`, four times of those if ODD: of dimensions whose
     bits lie in the low half of a byte, and in the high one."""
+    MASK: tl.constexpr = 12 if ODD else 3
     if ASM:
-        low = tl.inline_asm_elementwise(
-            "and.b32 $0, $1, 0x0c0c0c0c;" if ODD else "and.b32 $0, $1, 0x03030303;",
-            "=r,r",
-            [x],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-        high = tl.inline_asm_elementwise(
-            "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0c0c0c0c; }"
-            if ODD
-            else "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x03030303; }",
-            "=r,r",
-            [x],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+        if ODD:
+            low = _packed(x, x, "and.b32 $0, $1, 0x0c0c0c0c;")
+            high = _packed(x, x, "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x0c0c0c0c; }")
+        else:
+            low = _packed(x, x, "and.b32 $0, $1, 0x03030303;")
+            high = _packed(x, x, "{ .reg .b32 t; shr.u32 t, $1, 4; and.b32 $0, t, 0x03030303; }")
     else:
-        MASK: tl.constexpr = 12 if ODD else 3
         low, high = x & MASK, (x >> 4) & MASK
     return low, high
 
 
 @triton.jit
 def all_codes(x, y, ODD: tl.constexpr, ASM: tl.constexpr):
-    """`high_codes`, of both planes."""
+    """`high_codes`, but of both planes."""
     if ASM:
-        low = tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t; shl.b32 s, $1, 1; shl.b32 t, $2, 1; "
-            "and.b32 t, t, 0x04040404; and.b32 s, s, 0x18181818; or.b32 $0, s, t; }"
-            if ODD
-            else "{ .reg .b32 s, t; shl.b32 s, $1, 1; "
-            "and.b32 t, $2, 0x01010101; and.b32 s, s, 0x06060606; or.b32 $0, s, t; }",
-            "=r,r,r",
-            [x, y],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
-        high = tl.inline_asm_elementwise(
-            "{ .reg .b32 s, t; shr.u32 s, $1, 3; shr.u32 t, $2, 1; "
-            "and.b32 t, t, 0x04040404; and.b32 s, s, 0x18181818; or.b32 $0, s, t; }"
-            if ODD
-            else "{ .reg .b32 s, t; shr.u32 s, $1, 3; shr.u32 t, $2, 2; "
-            "and.b32 t, t, 0x01010101; and.b32 s, s, 0x06060606; or.b32 $0, s, t; }",
-            "=r,r,r",
-            [x, y],
-            dtype=tl.int8,
-            is_pure=True,
-            pack=4,
-        )
+        if ODD:
+            low = _packed(
+                *(x, y),
+                "{ .reg .b32 s, t; shl.b32 s, $1, 1; shl.b32 t, $2, 1; and.b32 s, s, 0x18181818; "
+                "and.b32 t, t, 0x04040404; or.b32 $0, s, t; }",
+            )
+            high = _packed(
+                *(x, y),
+                "{ .reg .b32 s, t; shr.u32 s, $1, 3; shr.u32 t, $2, 1; and.b32 s, s, 0x18181818; "
+                "and.b32 t, t, 0x04040404; or.b32 $0, s, t; }",
+            )
+        else:
+            low = _packed(
+                *(x, y),
+                "{ .reg .b32 s, t; shl.b32 s, $1, 1; and.b32 s, s, 0x06060606; "
+                "and.b32 t, $2, 0x01010101; or.b32 $0, s, t; }",
+            )
+            high = _packed(
+                *(x, y),
+                "{ .reg .b32 s, t; shr.u32 s, $1, 3; shr.u32 t, $2, 2; and.b32 s, s, 0x06060606; "
+                "and.b32 t, t, 0x01010101; or.b32 $0, s, t; }",
+            )
     elif ODD:
         low, high = ((x << 1) & 24) | ((y << 1) & 4), ((x >> 3) & 24) | ((y >> 1) & 4)
     else:
@@ -163,19 +151,35 @@ def add_products(low, high, queries, total):
 
 
 @triton.jit
-def load_means(plane, n, wanted, K: tl.constexpr, WORDS: tl.constexpr, QUADS):
-    """Words of the mean keys of pages n [PAGES] as bytes [4, PAGES, QUADS, 4]."""
+def mean_products(
+    plane,
+    n,
+    wanted,
+    even,
+    odd,
+    SETS: tl.constexpr,
+    K: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Four times the products [PAGES, SETS, GP] of the queries with the mean keys of pages
+    n [SETS * PAGES], those of one set after those of another."""
+    QUADS: tl.constexpr = even[0].shape[0] // 32
+    COLUMNS: tl.constexpr = even[0].shape[1]
     word = 4 * tl.arange(0, QUADS)[None, None, :, None] + tl.arange(0, 4)[:, None, None, None]
-    n = n.to(tl.int64)[None, :, None, None]
-    at = (n // K * (WORDS * K) + word * K + n % K) * 4 + tl.arange(0, 4)[None, None, None, :]
-    return tl.load(plane + at, mask=wanted[None, :, None, None] & (word < WORDS), other=0)
-
-
-@triton.jit
-def of_own_set(total, SETS: tl.constexpr, PAGES: tl.constexpr):
-    """Of products [SETS * PAGES, SETS * GP], those in the columns of their rows' set
-    [PAGES, SETS, GP]."""
-    x = tl.reshape(total, [SETS, PAGES, SETS, total.shape[1] // SETS])
+    n4 = n.to(tl.int64)[None, :, None, None]
+    at = (n4 // K * (WORDS * K) + word * K + n4 % K) * 4 + tl.arange(0, 4)[None, None, None, :]
+    x = tl.load(plane + at, mask=wanted[None, :, None, None] & (word < WORDS), other=0)
+    total = tl.zeros([n.shape[0], COLUMNS], tl.int32)
+    low, high = high_codes(x, 0, ASM)
+    for s in tl.static_range(SETS):
+        total = add_products(low, high, even[s], total)
+    total *= 4
+    low, high = high_codes(x, 1, ASM)
+    for s in tl.static_range(SETS):
+        total = add_products(low, high, odd[s], total)
+    # every page in its own set's columns alone
+    total = tl.reshape(total, [SETS, n.shape[0] // SETS, SETS, COLUMNS // SETS])
     s = tl.arange(0, SETS)
     is_own = s[:, None, None, None] == s[None, None, :, None]
-    return tl.sum(tl.where(is_own, x, 0), 0)
+    return tl.sum(tl.where(is_own, total, 0), 0)

@@ -13,16 +13,24 @@ from wavekv.kernels.cuda.codes import (
     add_products,
     all_codes,
     high_codes,
-    load_high,
-    load_low,
-    load_means,
+    load_plane,
     load_queries,
-    of_own_set,
+    mean_products,
 )
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import capped, exp2_of, log_of, mass_beyond, reach_of, root_of, step_of
+from wavekv.kernels.cuda.moments import (
+    capped,
+    exp2_of,
+    log_of,
+    mass_beyond,
+    reach_of,
+    root_of,
+    step_of,
+)
 from wavekv.kernels.step import COUNT_BLOCK, FIRST, SECOND, StepPages, StepScratch, StepShape
 
+_ROWS = 16
+"""That a product of tensor cores has at least: keys of a set's pages, or pages of all sets."""
 _WARPS = 1
 """Nothing in a program waits for other warps."""
 _REGISTERS = {FIRST: 96, SECOND: 128}
@@ -64,6 +72,56 @@ def _masses(
     weight = tl.sum(weights, 0)
     lean = (tl.sum(weights * offset, 0) / weight - plain) * worth
     return top + log_of(weight, HARDWARE), lean
+
+
+@triton.jit
+def _key_products(
+    own_list,
+    start,
+    num_listed,
+    high,
+    low,
+    even,
+    odd,
+    SETS: tl.constexpr,
+    PAGES: tl.constexpr,
+    P: tl.constexpr,
+    PP: tl.constexpr,
+    HIGH_WORDS: tl.constexpr,
+    LOW_WORDS: tl.constexpr,
+    USE_LOW: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Four times the products of the codes of keys of listed pages with the queries, as floats
+    2^23 + 2^22 above them [PP, PAGES, SETS, GP]."""
+    QUADS: tl.constexpr = even[0].shape[0] // 32
+    COLUMNS: tl.constexpr = even[0].shape[1]
+    highs, lows = (), ()
+    for s in tl.static_range(SETS):
+        i = start + s * PAGES + tl.arange(0, PAGES)
+        n = tl.load(own_list + i, mask=i < num_listed, other=0)
+        x = load_plane(high, n, i < num_listed, P, PP, HIGH_WORDS, QUADS, 0, HARDWARE)
+        highs += (x,)  # type: ignore[assignment]
+        if USE_LOW:
+            x = load_plane(low, n, i < num_listed, P, PP, LOW_WORDS, QUADS, 1, HARDWARE)
+            lows += (x,)  # type: ignore[assignment]
+    total = tl.zeros([PP * PAGES, COLUMNS], tl.int32)
+    for s in tl.static_range(SETS):
+        if USE_LOW:
+            first, second = all_codes(highs[s], lows[s], 0, HARDWARE)
+        else:
+            first, second = high_codes(highs[s], 0, HARDWARE)
+        total = add_products(first, second, even[s], total)
+    # integers from here on are floats of the same bits: their last bit counts one
+    total = total * 4 + 0x4B400000
+    for s in tl.static_range(SETS):
+        if USE_LOW:
+            first, second = all_codes(highs[s], lows[s], 1, HARDWARE)
+        else:
+            first, second = high_codes(highs[s], 1, HARDWARE)
+        total = add_products(first, second, odd[s], total)
+    total = tl.reshape(total, [PP, PAGES, SETS, COLUMNS // SETS])
+    return total.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -109,11 +167,9 @@ def _refine(
     block = program // PARTS
     GP: tl.constexpr = COLUMNS // SETS
     BLOCK: tl.constexpr = SETS * PAGES
-    # four times the middle of what all bits stand for, and the worth of a fourth
+    # four times what the middle of the codes is, and what a fourth of a code is worth in steps
     MIDDLE: tl.constexpr = 14.0 if USE_LOW else 6.0
     UNIT: tl.constexpr = 0.25 if USE_LOW else 0.5
-    # the first integer in whose place as a float the last bit counts one, in the middle
-    MAGIC: tl.constexpr = 0x4B400000
     if block * COUNTED < tl.load(counters + 2):
         num_listed = tl.load(block_count + row * tl.cdiv(N, COUNTED) + block)
         # each block's list begins where the block does
@@ -126,42 +182,19 @@ def _refine(
             own_query = query_bytes + (row * G + first) * WIDTH
             even, odd = (), ()
             for s in tl.static_range(SETS):
-                even = even + (load_queries(own_query, 0, s, SETS, G - first, WIDTH, QUADS),)
-                odd = odd + (load_queries(own_query, 1, s, SETS, G - first, WIDTH, QUADS),)
+                even += (load_queries(own_query, 0, s, SETS, COLUMNS, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
+                odd += (load_queries(own_query, 1, s, SETS, COLUMNS, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
             g = first + tl.arange(0, GP)
             head = row * G + g
             worth = tl.load(query_step + head * 2, mask=g < G, other=0.0)
             shifted = tl.load(query_step + head * 2 + 1, mask=g < G, other=0.0)
             deviation = tl.sqrt(tl.load(query_square + head, mask=g < G, other=0.0))
             while start < num_listed:
-                high_bytes, low_bytes = (), ()
-                for s in tl.static_range(SETS):
-                    i = start + s * PAGES + tl.arange(0, PAGES)
-                    n = tl.load(own_list + i, mask=i < num_listed, other=0)
-                    high_bytes = high_bytes + (
-                        load_high(own_high, n, i < num_listed, P, PP, HIGH_WORDS, QUADS),
-                    )
-                    if USE_LOW:
-                        low_bytes = low_bytes + (
-                            load_low(own_low, n, i < num_listed, P, PP, LOW_WORDS, QUADS, HARDWARE),
-                        )
-                total = tl.zeros([PP * PAGES, COLUMNS], tl.int32)
-                for s in tl.static_range(SETS):
-                    if USE_LOW:
-                        a, b = all_codes(high_bytes[s], low_bytes[s], 0, HARDWARE)
-                    else:
-                        a, b = high_codes(high_bytes[s], 0, HARDWARE)
-                    total = add_products(a, b, even[s], total)
-                total = total * 4 + MAGIC
-                for s in tl.static_range(SETS):
-                    if USE_LOW:
-                        a, b = all_codes(high_bytes[s], low_bytes[s], 1, HARDWARE)
-                    else:
-                        a, b = high_codes(high_bytes[s], 1, HARDWARE)
-                    total = add_products(a, b, odd[s], total)
-                total = tl.reshape(total, [PP, PAGES, SETS, GP]).to(tl.float32, bitcast=True)
-                products = total - (12582912.0 + MIDDLE * shifted)[None, None, None, :]
-
+                products = _key_products(
+                    *(own_list, start, num_listed, own_high, own_low, even, odd),
+                    *(SETS, PAGES, P, PP, HIGH_WORDS, LOW_WORDS, USE_LOW, HARDWARE),
+                )
+                products -= (12582912.0 + MIDDLE * shifted)[None, None, None, :]
                 i = tl.arange(0, PAGES)[:, None] + tl.arange(0, SETS)[None, :] * PAGES + start
                 is_candidate = i < num_listed
                 n = tl.load(own_list + i, mask=is_candidate, other=0)
@@ -187,16 +220,9 @@ def _refine(
                     x = tl.load(block_logits + at, mask=wanted, other=0.0)
                     i = start + tl.arange(0, BLOCK)
                     m = tl.load(own_list + i, mask=i < num_listed, other=0)
-                    means = load_means(own_mean, m, i < num_listed, K, HIGH_WORDS, QUADS)
-                    at_mean = tl.zeros([BLOCK, COLUMNS], tl.int32)
-                    a, b = high_codes(means, 0, HARDWARE)
-                    for s in tl.static_range(SETS):
-                        at_mean = add_products(a, b, even[s], at_mean)
-                    at_mean *= 4
-                    a, b = high_codes(means, 1, HARDWARE)
-                    for s in tl.static_range(SETS):
-                        at_mean = add_products(a, b, odd[s], at_mean)
-                    at_mean = of_own_set(at_mean, SETS, PAGES).to(tl.float32)
+                    at_mean = mean_products(
+                        *(own_mean, m, i < num_listed, even, odd, SETS, K, HIGH_WORDS, HARDWARE)
+                    ).to(tl.float32)
                     own_step = step_of(
                         tl.load(mean_step + row * N + n, mask=is_candidate, other=0), HARDWARE
                     )
@@ -221,6 +247,7 @@ def refine(
     statistics of all log masses."""
     list_candidates(counters, scratch, shape, stage)
     index, N, PP = pages.summary, shape.capacity, power_of_two(shape.page_size)
+    # one head alone is taken as two: more sets would leave too few registers
     sets = COLUMNS // power_of_two(min(max(shape.group, 2), COLUMNS))
     options: dict[str, Any] = {
         "G": shape.group,
@@ -229,11 +256,11 @@ def refine(
         "PP": PP,
         "HIGH_WORDS": index.high.shape[3],
         "LOW_WORDS": index.low.shape[3],
-        "QUADS": power_of_two(-(-index.high.shape[3] // 4)) if index.high.shape[3] > 4 else 2,
+        "QUADS": power_of_two(-(-index.high.shape[3] // 4)),
         "WIDTH": 4 * scratch.query_words.shape[2],
         "COLUMNS": COLUMNS,
         "SETS": sets,
-        "PAGES": max(16 // min(sets, 2), 16 // PP),
+        "PAGES": max(_ROWS // min(sets, 2), _ROWS // PP),
         "COUNTED": COUNT_BLOCK,
         "PARTS": _PARTS[stage],
         "USE_LOW": stage == SECOND,

@@ -55,7 +55,7 @@ def _shifts(
         out = tl.load(shift + at, mask=keep, other=0.0)
     else:
         log_count = log_of(tl.load(counts + n, mask=is_page, other=0), HARDWARE)
-        root = root_of(tl.load(variance + n, mask=is_page, other=0))
+        root = root_of(tl.load(variance + n, mask=is_page, other=0), HARDWARE)
         deviation = tl.sqrt(square)[:, None] * root[None, :]
         by_moments = deviation * reach_of(deviation, log_count[None, :])
         # what is not refined holds anything: a mask would make each number a load by itself

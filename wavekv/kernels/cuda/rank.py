@@ -137,7 +137,7 @@ def _rank(
         is_page = n < num_pages
         if STAGE == 0 and USE_VARIANCE and not SOFTCAP:
             log_count = log_of(tl.load(counts + row * N + n, mask=is_page, other=0), HARDWARE)
-            root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0))
+            root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0), HARDWARE)
         top = tl.full([BLOCK], float("-inf"), tl.float32)
         share = tl.zeros([BLOCK], tl.float32)
         # head by head: all that belongs to a page is in one thread

@@ -8,16 +8,32 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.candidates import list_candidates, sum_masses
+from wavekv.kernels.cuda.codes import (
+    COLUMNS,
+    add_products,
+    all_codes,
+    high_codes,
+    load_plane,
+    load_queries,
+    mean_products,
+)
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import capped, log_of, mass_beyond, reach_of, root_of, step_of
-from wavekv.kernels.cuda.products import HEADS, of_head, plane_products
-from wavekv.kernels.page_index import HIGH_BITS, LOW_BITS, MEAN_BITS
+from wavekv.kernels.cuda.moments import (
+    capped,
+    exp2_of,
+    log_of,
+    mass_beyond,
+    reach_of,
+    root_of,
+    step_of,
+)
 from wavekv.kernels.step import COUNT_BLOCK, FIRST, SECOND, StepPages, StepScratch, StepShape
 
-_BLOCK = 16
-"""Candidates of one warp: nothing in it waits for other warps."""
+_ROWS = 16
+"""That a product of tensor cores has at least: keys of a set's pages, or pages of all sets."""
 _WARPS = 1
-_REGISTERS = {FIRST: 64, SECOND: 128}
+"""Nothing in a program waits for other warps."""
+_REGISTERS = {FIRST: 96, SECOND: 128}
 """Of a thread at most: with more of them too few warps run at once to hide what a load takes."""
 _PARTS = {FIRST: 16, SECOND: 8}
 """Of the candidates of `COUNT_BLOCK` pages: about as many as hold something, where one page in four
@@ -25,61 +41,87 @@ is a candidate, and one in sixteen a finalist."""
 
 
 @triton.jit
-def _refine_head(
+def _masses(
     products,
-    at_mean,
-    head,
-    query_step,
-    query_square,
-    block_logits,
-    log_mass,
-    shift,
-    n,
-    is_candidate,
     held,
-    key_step,
-    mean_step,
-    root,
-    log_count,
+    step,
     count,
-    N,
-    K: tl.constexpr,
-    MIDDLE: tl.constexpr,
+    x,
+    worth,
     softcap,
-    BY_MASS: tl.constexpr,
-    USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
-    """Log mass and shift of candidates for one head, from its products with their keys [BLOCK, PP]
-    and their mean keys [BLOCK]."""
-    worth, shifted = tl.load(query_step + head * 2), tl.load(query_step + head * 2 + 1)
-    # codes stand for what they are above the middle one
-    offset = (products.to(tl.float32) - MIDDLE * shifted) * (key_step * worth)
-    offset = tl.where(held, offset, 0.0)
-    own = head * N + n
-    if BY_MASS:
-        # the log mass by moments, less all but the logit of the mean key
-        x = tl.load(log_mass + own, mask=is_candidate, other=0.0) - log_count
-        if USE_VARIANCE:
-            deviation = tl.sqrt(tl.load(query_square + head)) * root
-            x -= mass_beyond(deviation, reach_of(deviation, log_count))
-    else:
-        x = tl.load(block_logits + head * (N // K) + n // K, mask=is_candidate, other=0.0)
-        x += (at_mean.to(tl.float32) - 1.5 * shifted) * (mean_step * worth)
-    logits = offset + x[:, None]
+    """Log mass and shift of pages [PAGES, SETS, GP] whose mean keys have the logits x, from the
+    products [PP, PAGES, SETS, GP] with their keys and the steps [PP, PAGES, SETS] of these."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    offset = products * step[:, :, :, None]
+    plain = tl.sum(offset, 0) / tl.maximum(count.to(tl.float32), 1.0)[:, :, None]
+    # below all that are held, and never a NaN, whatever it is multiplied with
+    offset += tl.where(held, 0.0, -1e30)[:, :, :, None]
     if SOFTCAP:
-        logits = capped(logits, softcap)
-    logits = tl.where(held, logits, float("-inf"))
-    top = tl.max(logits, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp(logits - top[:, None])
-    weight = tl.maximum(tl.sum(weights, 1), 1e-30)
-    # an empty page keeps its mass of nothing
-    is_refined = is_candidate & (count > 0)
-    tl.store(log_mass + own, top + tl.log(weight), mask=is_refined)
-    plain = tl.sum(offset, 1) / tl.maximum(count.to(tl.float32), 1.0)
-    lean = tl.sum(weights * offset, 1) / weight - plain
-    tl.store(shift + own, lean, mask=is_refined)
+        logits = capped(offset * worth[None, :, :, :] + x[None, :, :, :], softcap)
+        logits = tl.where(held[:, :, :, None], logits, -1e30)
+        top = tl.max(logits, 0)
+        weights = exp2_of((logits - top[None, :, :, :]) * LOG2_E, HARDWARE)
+    else:
+        top = tl.max(offset, 0)
+        scale = tl.maximum(worth * LOG2_E, 1e-20)
+        weights = exp2_of(offset * scale[None, :, :, :] - (top * scale)[None, :, :, :], HARDWARE)
+        top = x + top * worth
+    weight = tl.sum(weights, 0)
+    lean = (tl.sum(weights * offset, 0) / weight - plain) * worth
+    return top + log_of(weight, HARDWARE), lean
+
+
+@triton.jit
+def _key_products(
+    own_list,
+    start,
+    num_listed,
+    high,
+    low,
+    even,
+    odd,
+    SETS: tl.constexpr,
+    PAGES: tl.constexpr,
+    P: tl.constexpr,
+    PP: tl.constexpr,
+    HIGH_WORDS: tl.constexpr,
+    LOW_WORDS: tl.constexpr,
+    USE_LOW: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Four times the products of the codes of keys of listed pages with the queries, as floats
+    2^23 + 2^22 above them [PP, PAGES, SETS, GP]."""
+    QUADS: tl.constexpr = even[0].shape[0] // 32
+    COLUMNS: tl.constexpr = even[0].shape[1]
+    highs, lows = (), ()
+    for s in tl.static_range(SETS):
+        i = start + s * PAGES + tl.arange(0, PAGES)
+        n = tl.load(own_list + i, mask=i < num_listed, other=0)
+        x = load_plane(high, n, i < num_listed, P, PP, HIGH_WORDS, QUADS, 0, HARDWARE)
+        highs += (x,)  # type: ignore[assignment]
+        if USE_LOW:
+            x = load_plane(low, n, i < num_listed, P, PP, LOW_WORDS, QUADS, 1, HARDWARE)
+            lows += (x,)  # type: ignore[assignment]
+    total = tl.zeros([PP * PAGES, COLUMNS], tl.int32)
+    for s in tl.static_range(SETS):
+        if USE_LOW:
+            first, second = all_codes(highs[s], lows[s], 0, HARDWARE)
+        else:
+            first, second = high_codes(highs[s], 0, HARDWARE)
+        total = add_products(first, second, even[s], total)
+    # integers from here on are floats of the same bits: their last bit counts one
+    total = total * 4 + 0x4B400000
+    for s in tl.static_range(SETS):
+        if USE_LOW:
+            first, second = all_codes(highs[s], lows[s], 1, HARDWARE)
+        else:
+            first, second = high_codes(highs[s], 1, HARDWARE)
+        total = add_products(first, second, odd[s], total)
+    total = tl.reshape(total, [PP, PAGES, SETS, COLUMNS // SETS])
+    return total.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -94,7 +136,7 @@ def _refine(
     high,
     low,
     key_step,
-    query_words,
+    query_bytes,
     query_step,
     query_square,
     block_logits,
@@ -103,18 +145,16 @@ def _refine(
     N,
     softcap,
     G: tl.constexpr,
-    HEADS: tl.constexpr,
     K: tl.constexpr,
     P: tl.constexpr,
     PP: tl.constexpr,
-    MEAN_WORDS: tl.constexpr,
-    MEAN_BITS: tl.constexpr,
     HIGH_WORDS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
     LOW_WORDS: tl.constexpr,
-    LOW_BITS: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK: tl.constexpr,
+    QUADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SETS: tl.constexpr,
+    PAGES: tl.constexpr,
     COUNTED: tl.constexpr,
     PARTS: tl.constexpr,
     USE_LOW: tl.constexpr,
@@ -124,81 +164,79 @@ def _refine(
     HARDWARE: tl.constexpr,
 ):
     program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    # of what all bits stand for, in steps, the middle
-    MIDDLE: tl.constexpr = (
-        (2 ** (HIGH_BITS + LOW_BITS) - 1) / 2 if USE_LOW else ((2**HIGH_BITS - 1) / 2 * 2**LOW_BITS)
-    )
-    block, start = program // PARTS, (program % PARTS) * BLOCK
+    block = program // PARTS
+    GP: tl.constexpr = COLUMNS // SETS
+    BLOCK: tl.constexpr = SETS * PAGES
+    # four times what the middle of the codes is, and what a fourth of a code is worth in steps
+    MIDDLE: tl.constexpr = 14.0 if USE_LOW else 6.0
+    UNIT: tl.constexpr = 0.25 if USE_LOW else 0.5
     if block * COUNTED < tl.load(counters + 2):
         num_listed = tl.load(block_count + row * tl.cdiv(N, COUNTED) + block)
-        while start < num_listed:
-            p = tl.arange(0, PP)
-            i = start + tl.arange(0, BLOCK)
-            is_candidate = i < num_listed
-            # each block's list begins where the block does
-            n = tl.load(listed + row * N + block * COUNTED + i, mask=is_candidate, other=0)
-            count = tl.load(counts + row * N + n, mask=is_candidate, other=0)
-            held = is_candidate[:, None] & (p[None, :] < count[:, None])
-            steps = key_step + row * N * P + n[:, None] * P + p[None, :]
-            step = step_of(tl.load(steps, mask=held, other=0))
-            log_count = log_of(count, HARDWARE)
-            root, own_step = log_count, log_count
-            if BY_MASS:
-                if USE_VARIANCE:
-                    root = root_of(tl.load(variance + row * N + n, mask=is_candidate, other=0))
-            else:
-                own_step = step_of(tl.load(mean_step + row * N + n, mask=is_candidate, other=0))
-            wanted = is_candidate[:, None] & (p[None, :] < P)
-            # words of four bytes; those of one key lie P apart, those of one mean key K
-            highs = high + row * N * (HIGH_WORDS * P) + n[:, None] * (HIGH_WORDS * P) + p[None, :]
-            lows = low + row * N * (LOW_WORDS * P) + n[:, None] * (LOW_WORDS * P) + p[None, :]
-            means = mean + row * N * MEAN_WORDS + (n // K) * (MEAN_WORDS * K) + n % K
-            zero, none = tl.zeros([BLOCK, PP], tl.int32), tl.zeros([BLOCK], tl.int32)
-            for first in tl.static_range(0, G, HEADS):
-                here = query_words + (row * G + first) * (W // 2)
-                a, b, c, d = plane_products(
-                    *(highs, P, wanted, here, zero, zero, zero, zero),
-                    *(min(HEADS, G - first), HIGH_WORDS, W, HIGH_BITS, HARDWARE),
+        # each block's list begins where the block does
+        own_list = listed + row * N + block * COUNTED
+        own_high = high + row * N * (HIGH_WORDS * P * 4)
+        own_low = low + row * N * (LOW_WORDS * P * 4)
+        own_mean = mean + row * N * (HIGH_WORDS * 4)
+        for first in tl.static_range(0, G, COLUMNS):
+            start = (program % PARTS) * BLOCK
+            own_query = query_bytes + (row * G + first) * WIDTH
+            even, odd = (), ()
+            for s in tl.static_range(SETS):
+                even += (load_queries(own_query, 0, s, SETS, COLUMNS, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
+                odd += (load_queries(own_query, 1, s, SETS, COLUMNS, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
+            g = first + tl.arange(0, GP)
+            head = row * G + g
+            worth = tl.load(query_step + head * 2, mask=g < G, other=0.0)
+            shifted = tl.load(query_step + head * 2 + 1, mask=g < G, other=0.0)
+            deviation = tl.sqrt(tl.load(query_square + head, mask=g < G, other=0.0))
+            while start < num_listed:
+                products = _key_products(
+                    *(own_list, start, num_listed, own_high, own_low, even, odd),
+                    *(SETS, PAGES, P, PP, HIGH_WORDS, LOW_WORDS, USE_LOW, HARDWARE),
                 )
-                a, b, c, d = a << LOW_BITS, b << LOW_BITS, c << LOW_BITS, d << LOW_BITS
-                if USE_LOW:
-                    a, b, c, d = plane_products(
-                        *(lows, P, wanted, here, a, b, c, d),
-                        *(min(HEADS, G - first), LOW_WORDS, W, LOW_BITS, HARDWARE),
+                products -= (12582912.0 + MIDDLE * shifted)[None, None, None, :]
+                i = tl.arange(0, PAGES)[:, None] + tl.arange(0, SETS)[None, :] * PAGES + start
+                is_candidate = i < num_listed
+                n = tl.load(own_list + i, mask=is_candidate, other=0)
+                count = tl.load(counts + row * N + n, mask=is_candidate, other=0).to(tl.int32)
+                p = tl.arange(0, PP)[:, None, None]
+                held = p < count[None, :, :]
+                steps = key_step + row * N * P + n[None, :, :] * P + p
+                step = step_of(tl.load(steps, mask=held, other=0), HARDWARE)
+                log_count = log_of(count, HARDWARE)[:, :, None]
+                wanted = is_candidate[:, :, None] & (g < G)[None, None, :]
+                own = head[None, None, :] * N + n[:, :, None]
+                if BY_MASS:
+                    # the log mass by moments, less all but the logit of the mean key
+                    x = tl.load(log_mass + own, mask=wanted, other=0.0) - log_count
+                    if USE_VARIANCE:
+                        root = root_of(
+                            tl.load(variance + row * N + n, mask=is_candidate, other=0), HARDWARE
+                        )
+                        far = deviation[None, None, :] * root[:, :, None]
+                        x -= mass_beyond(far, reach_of(far, log_count))
+                else:
+                    at = head[None, None, :] * (N // K) + n[:, :, None] // K
+                    x = tl.load(block_logits + at, mask=wanted, other=0.0)
+                    i = start + tl.arange(0, BLOCK)
+                    m = tl.load(own_list + i, mask=i < num_listed, other=0)
+                    at_mean = mean_products(
+                        *(own_mean, m, i < num_listed, even, odd, SETS, K, HIGH_WORDS, HARDWARE)
+                    ).to(tl.float32)
+                    own_step = step_of(
+                        tl.load(mean_step + row * N + n, mask=is_candidate, other=0), HARDWARE
                     )
-                q, r, s, t = none, none, none, none
-                if not BY_MASS:
-                    q, r, s, t = plane_products(
-                        *(means, K, is_candidate, here, none, none, none, none),
-                        *(min(HEADS, G - first), MEAN_WORDS, W, MEAN_BITS, HARDWARE),
-                    )
-                for k in tl.static_range(min(HEADS, G - first)):
-                    _refine_head(
-                        of_head(a, b, c, d, k),
-                        of_head(q, r, s, t, k),
-                        row * G + first + k,
-                        query_step,
-                        query_square,
-                        block_logits,
-                        log_mass,
-                        shift,
-                        n,
-                        is_candidate,
-                        held,
-                        step,
-                        own_step,
-                        root,
-                        log_count,
-                        count,
-                        N,
-                        K,
-                        MIDDLE,
-                        softcap,
-                        BY_MASS,
-                        USE_VARIANCE,
-                        SOFTCAP,
-                    )
-            start += PARTS * BLOCK
+                    at_mean -= (6.0 * shifted)[None, None, :]
+                    x += at_mean * (worth * 0.25)[None, None, :] * own_step[:, :, None]
+                lean_worth = (worth * UNIT)[None, None, :]
+                mass, lean = _masses(
+                    products, held, step, count, x, lean_worth, softcap, SOFTCAP, HARDWARE
+                )
+                # an empty page keeps its mass of nothing
+                wanted &= (count > 0)[:, :, None]
+                tl.store(log_mass + own, mass, mask=wanted)
+                tl.store(shift + own, lean, mask=wanted)
+                start += PARTS * BLOCK
 
 
 def refine(
@@ -208,21 +246,21 @@ def refine(
     the codes of their keys in the `FIRST` stage, by both planes in the `SECOND`; with the softmax
     statistics of all log masses."""
     list_candidates(counters, scratch, shape, stage)
-    index, N = pages.summary, shape.capacity
+    index, N, PP = pages.summary, shape.capacity, power_of_two(shape.page_size)
+    # one head alone is taken as two: more sets would leave too few registers
+    sets = COLUMNS // power_of_two(min(max(shape.group, 2), COLUMNS))
     options: dict[str, Any] = {
         "G": shape.group,
-        "HEADS": HEADS,
         "K": shape.block_pages,
         "P": shape.page_size,
-        "PP": power_of_two(shape.page_size),
-        "MEAN_WORDS": index.mean.shape[3],
-        "MEAN_BITS": MEAN_BITS,
+        "PP": PP,
         "HIGH_WORDS": index.high.shape[3],
-        "HIGH_BITS": HIGH_BITS,
         "LOW_WORDS": index.low.shape[3],
-        "LOW_BITS": LOW_BITS,
-        "W": scratch.query_words.shape[2],
-        "BLOCK": _BLOCK,
+        "QUADS": power_of_two(-(-index.high.shape[3] // 4)),
+        "WIDTH": 4 * scratch.query_words.shape[2],
+        "COLUMNS": COLUMNS,
+        "SETS": sets,
+        "PAGES": max(_ROWS // min(sets, 2), _ROWS // PP),
         "COUNTED": COUNT_BLOCK,
         "PARTS": _PARTS[stage],
         "USE_LOW": stage == SECOND,
@@ -238,10 +276,10 @@ def refine(
         _refine,
         (triton.cdiv(N, COUNT_BLOCK) * _PARTS[stage], shape.rows),
         *(counters, scratch.block_count, scratch.listed, index.counts, index.variance),
-        *(index.mean.view(torch.int32), index.mean_step),
-        *(index.high.view(torch.int32), index.low.view(torch.int32), index.key_step),
+        *(index.mean.view(torch.int8), index.mean_step),
+        *(index.high.view(torch.int8), index.low.view(torch.int8), index.key_step),
         *(
-            scratch.query_words.view(torch.int64),
+            scratch.query_words.view(torch.int8),
             scratch.query_step,
             scratch.query_square,
             scratch.block_logits,

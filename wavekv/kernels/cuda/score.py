@@ -111,10 +111,10 @@ def _score(
         is_block = b * K < num_pages
         is_page = tl.broadcast_to(is_block[:, None], [BLOCKS, K])
         count = tl.load(counts + row * N + n, mask=is_page, other=0)
-        step = step_of(tl.load(mean_step + row * N + n, mask=is_page, other=0))
+        step = step_of(tl.load(mean_step + row * N + n, mask=is_page, other=0), HARDWARE)
         # what belongs to an empty page may be anything
         step = tl.where(count == 0, 0.0, step)
-        root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0))
+        root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0), HARDWARE)
         log_count = log_of(count, HARDWARE)
         # the words of a block's pages lie side by side
         words = mean + row * N * WORDS + b[:, None] * (WORDS * K) + tl.arange(0, K)[None, :]

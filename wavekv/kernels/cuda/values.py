@@ -60,7 +60,7 @@ def own_values(
         mass = tl.load(log_mass + at, mask=keep, other=float("-inf"))
         here = value + n[:, None] * HALF + d[None, :]
         codes = tl.load(here, mask=is_held[:, None] & (d < HALF)[None, :], other=0)
-        step = step_of(tl.load(value_step + n, mask=is_held, other=0))
+        step = step_of(tl.load(value_step + n, mask=is_held, other=0), HARDWARE)
         weights = tl.exp2((mass - largest[:, None]) * 1.4426950408889634)
         some, first, second = scaled_values(codes, step, weights, DTYPE, HARDWARE)
         low = tl.dot(some, first, low, input_precision=PRECISION)

@@ -57,14 +57,14 @@ def _masses(
     LOG2_E: tl.constexpr = 1.4426950408889634
     offset = products * step[:, :, :, None]
     plain = tl.sum(offset, 0) / tl.maximum(count.to(tl.float32), 1.0)[:, :, None]
-    # below all that are held, and never a NaN, whatever it is multiplied with
-    offset += tl.where(held, 0.0, -1e30)[:, :, :, None]
     if SOFTCAP:
         logits = capped(offset * worth[None, :, :, :] + x[None, :, :, :], softcap)
         logits = tl.where(held[:, :, :, None], logits, -1e30)
         top = tl.max(logits, 0)
         weights = exp2_of((logits - top[None, :, :, :]) * LOG2_E, HARDWARE)
     else:
+        # below all that are held, and never a NaN, whatever it is multiplied with
+        offset += tl.where(held, 0.0, -1e30)[:, :, :, None]
         top = tl.max(offset, 0)
         scale = tl.maximum(worth * LOG2_E, 1e-20)
         weights = exp2_of(offset * scale[None, :, :, :] - (top * scale)[None, :, :, :], HARDWARE)

@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+# a worker for each core, up to four: each takes more than 1 GB of memory
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ demo: $(VENV)/.demo  ## answer questions about a long text with an offloaded cac
 	$(BIN)/wavekv demo
 
 test: $(VENV)/.test  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .

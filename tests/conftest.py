@@ -14,6 +14,10 @@ if not torch.cuda.is_available():
     # before anything imports triton: its own library is made for one or the other
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Workers of pytest-xdist share the cores: threads of each would wait for those of the others.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
+
 settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 settings.register_profile("nightly", max_examples=500, deadline=None)

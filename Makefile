@@ -42,7 +42,7 @@ docs: $(VENV)/.dev  ## build the documentation into site/; a warning is an error
 check: lint type test  ## all that a change must pass
 
 clean:  ## remove the environment, caches and build outputs
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .numba_cache
 	find wavekv tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # One environment, three stamps: each adds its extras to the one before it.

@@ -55,7 +55,7 @@ def make_case(
     *,
     batch: int = 1,
     kv_heads: int = 2,
-    group: int = 4,
+    group: int = 2,
     head_dim: int = 64,
     page_size: int = 8,
     num_pages: int = 200,

@@ -24,9 +24,9 @@ DTYPES = (
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "softcap": {"softcap": 5.0, "spread": 2.0},
-    "top_p": {"top_p": 0.6, "spread": 3.0, "scale": 0.3},
+    "plain": {"group": 4},
+    "softcap": {"softcap": 5.0, "spread": 2.0, "group": 4},
+    "top_p": {"top_p": 0.6, "spread": 3.0, "scale": 0.3, "group": 4},
     "top_p at the floor": {"top_p": 0.01, "least": 7},
     "first moment": {"tail": "first"},
     "no estimate": {"tail": "none"},
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": 2,
         "kv_heads": 1,
     },
-    "head of 128, pages of 16": {"head_dim": 128, "page_size": 16},
+    "head of 128, pages of 16": {"head_dim": 128, "page_size": 16, "group": 4},
     "head of 256": {"head_dim": 256, "kv_heads": 1, "seed": 1},
     "pages of 4": {"page_size": 4},
     "few misses allowed": {"misses": 5},

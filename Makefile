@@ -8,6 +8,8 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+# a worker for each core, up to four: each takes more than 1 GB of memory
+WORKERS := -n logical --maxprocesses 4 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +27,7 @@ demo: $(VENV)/.demo  ## answer questions about a long text with an offloaded cac
 	$(BIN)/wavekv demo
 
 test: $(VENV)/.test  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.dev  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -40,7 +42,7 @@ docs: $(VENV)/.dev  ## build the documentation into site/; a warning is an error
 check: lint type test  ## all that a change must pass
 
 clean:  ## remove the environment, caches and build outputs
-	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .numba_cache
 	find wavekv tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # One environment, three stamps: each adds its extras to the one before it.

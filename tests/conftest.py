@@ -1,9 +1,10 @@
-"""What every test shares: hypothesis profiles, the `gpu` mark, seeds, the `device` fixture, and
-Triton's interpreter where there is no CUDA device."""
+"""What every test shares: hypothesis profiles, the `gpu` mark, seeds, the `device` fixture, what a
+worker among others has to itself, and Triton's interpreter where there is no CUDA device."""
 
 import os
 import random
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,15 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     # before anything imports triton: its own library is made for one or the other
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+_worker = os.environ.get("PYTEST_XDIST_WORKER")
+if _worker:
+    # Workers share the cores: threads of one would wait for those of another.
+    _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
+    # Before anything imports numba. Two processes that compile a function for different types at
+    # once can leave its cache with the code for one under the name of the other.
+    os.environ["NUMBA_CACHE_DIR"] = str(Path(__file__).parents[1] / ".numba_cache" / _worker)
 
 settings.register_profile("dev", max_examples=30, deadline=None)
 settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)

@@ -188,6 +188,7 @@ def test_merge_state_is_associative_and_commutative_and_has_an_identity(seed, sh
     assert_same(both(merge_state, *none, *none), none)
 
 
+@pytest.mark.usefixtures("_two_threads")
 def test_merge_state_of_many_rows_uses_threads_and_agrees() -> None:
     a, b = random_state(1, (2, 8, 100), 64), random_state(2, (2, 8, 100), 64)
     both(merge_state, *a, *b)

@@ -10,7 +10,7 @@ from implementations import IMPLEMENTATIONS, implementation
 from selection_cases import Limits, Selection, check_selection
 from torch import Tensor
 
-from wavekv.kernels.step import SAMPLED_PAGES
+from wavekv.kernels.step import COUNT_BLOCK, SAMPLED_PAGES
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -79,6 +79,16 @@ def test_ties_at_the_last_rank(kernels) -> None:
     assert chosen_of(kernels, log_mass, Limits(4)) == [50, 51, 52, 99]
     assert chosen_of(kernels, log_mass, Limits(50)) == list(range(50, 100))
     assert chosen_of(kernels, log_mass, Limits(53)) == [0, 1, 2, *range(50, 100)]
+
+
+def test_candidates_that_tie_across_blocks_of_pages(kernels) -> None:
+    first = COUNT_BLOCK - 40
+    log_mass = torch.full((COUNT_BLOCK + 6,), -20.0)
+    log_mass[first:] = 0.0
+    limits = Limits(4, candidates=5)
+    assert chosen_of(kernels, log_mass, limits) == list(range(first, first + 4))
+    log_mass[7] = 0.1
+    assert chosen_of(kernels, log_mass, limits) == [7, *range(first, first + 3)]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,14 @@ def test_kernels_refine_as_the_reference(chosen: dict[str, Any]) -> None:
 def test_kernels_refine_every_head_of_a_group(group: int, head_dim: int, page_size: int) -> None:
     ops, device = implementation("triton")
     case = code_case(
-        device, group, 50, 3, group=group, head_dim=head_dim, page_size=page_size, candidates=20
+        device,
+        group,
+        50,
+        3,
+        group=group,
+        head_dim=head_dim,
+        page_size=page_size,
+        candidates=20,
+        finalists=5,
     )
     check_refined(ops, case, by_hand=3)

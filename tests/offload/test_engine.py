@@ -147,8 +147,8 @@ def test_as_steps_one_by_one(chosen: dict[str, object]) -> None:
     batch=st.integers(1, 3),
     length=st.integers(30, 200),
     padding=st.integers(0, 12),
-    before=st.integers(0, 40),
-    after=st.integers(0, 40),
+    before=st.integers(0, 20),
+    after=st.integers(0, 20),
     cut=st.integers(0, 60),
 )
 def test_any_length_padding_and_crop(

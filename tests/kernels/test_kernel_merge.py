@@ -46,6 +46,20 @@ def test_merging_in_place_is_merging(device, dtype, shape, transposed) -> None:
     torch.testing.assert_close((out, lse), expected, rtol=2e-5, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_merging_in_place_does_not_race(width: int) -> None:
+    """Threads that hold the same row must all read it before one of them writes it."""
+    states = pytest.importorskip("wavekv.kernels.cuda.states")
+    for seed in range(20):
+        random = torch.Generator("cuda").manual_seed(seed)
+        out, part = torch.randn(2, 1, 16, 8192, width, generator=random, device="cuda")
+        lse, part_lse = torch.randn(2, 1, 16, 8192, generator=random, device="cuda")
+        expected = reference.merge_state(out, lse, part, part_lse)
+        states.merge_into(out, lse, part, part_lse)
+        torch.testing.assert_close((out, lse), expected, rtol=2e-5, atol=1e-4)
+
+
 def test_merging_into_what_has_gaps_is_an_error(device: torch.device) -> None:
     states = pytest.importorskip("wavekv.kernels.cuda.states")
     out, part = (x.to(device) for x in torch.randn(2, 1, 2, 3, 4))

@@ -118,8 +118,11 @@ def _resolve(
         arena = tl.load(arena_ids + row * N + page, mask=is_taken, other=0)
         tl.store(wanted + row * X + turn, arena, mask=is_taken)
         tl.debug_barrier()
+        # others wrote these
         filled = tl.load(victims + row * X + turn, mask=is_taken, other=-1, cache_modifier=".cg")
         previous = tl.load(owner + row * S + filled, mask=is_taken, other=-1)
+        # nor may one load what another has stored
+        tl.debug_barrier()
         tl.store(table + row * N + previous, tl.full([MP], -1, tl.int32), mask=previous >= 0)
         tl.store(table + row * N + page, filled, mask=is_taken)
         tl.store(owner + row * S + filled, page, mask=is_taken)

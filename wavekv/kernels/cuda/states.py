@@ -33,6 +33,8 @@ def _merge_into(
     row = head * T + t
     a = tl.load(lse + row, mask=live, other=-float("inf"))
     b = tl.load(part_lse + row, mask=live, other=-float("inf"))
+    # few rows are held by several threads each: none may load what another has stored
+    tl.debug_barrier()
     top = tl.maximum(a, b)
     # two empty states: nothing to subtract from
     top = tl.where(top == -float("inf"), 0.0, top)

@@ -46,6 +46,16 @@ def test_json_is_one_object(capsys) -> None:
         )
 
 
+def test_hits_reach_the_estimate(capsys) -> None:
+    told = []
+    for hits in ("0", "0.9"):
+        main([*ASKED, "--tokens", "128K", "--hits", hits, "--json"])
+        told.append(json.loads(capsys.readouterr().out)["pcie_bytes_per_token"])
+    assert told[0] > 5 * told[1]
+    assert main([*ASKED, "--tokens", "128K", "--hits", "2"]) == 2
+    assert "hits must be a share" in capsys.readouterr().err
+
+
 def test_settings_reach_the_estimate(capsys) -> None:
     def ask(*options: str) -> dict:
         main([*ASKED, "--tokens", "128K", "--json", *options])

@@ -47,27 +47,16 @@ def million(part: str, **wanted: Any) -> dict[str, Any]:
     return dict(row)
 
 
-@pytest.mark.parametrize(
-    ("budget", "measured_with", "device_budget"),
-    # as large a pool, without the 2 GiB that the scatter took more when it was float32
-    [(0.02, 0.9, 0.9), (0.01, 0.9, 0.9), (0.005, 0.9, 0.9), (0.02, "26GiB", "24GiB")],
-)
-def test_a_million_tokens_of_an_8b_model(
-    budget: float, measured_with: float | str, device_budget: float | str
-) -> None:
-    row = million("decode", name="retrieval", budget=budget, device_budget=measured_with)
-    config = OffloadConfig(
-        budget=budget, device_budget=device_budget, host_dtype="int8", compile=True
-    )
+@pytest.mark.parametrize("budget", [0.02, 0.01, 0.005])
+def test_a_million_tokens_of_an_8b_model(budget: float) -> None:
+    row = million("decode", name="retrieval", budget=budget)
+    config = OffloadConfig(budget=budget, host_dtype="int8", compile=True)
     machine = MachineRecord.read(RESULTS / "machine_h200.json")
     it = estimate(read_model("llama-3.1-8b"), config, machine, num_tokens=row["tokens"], batch=1)
-    assert it.decode.seconds == pytest.approx(1e-3 * row["ms_median"], rel=0.2)
+    assert it.decode.seconds == pytest.approx(1e-3 * row["ms_median"], rel=0.05)
     assert it.needs.cache.host_pages == pytest.approx(row["host_bytes"], rel=1e-3)
-    scatter = it.needs.cache.index["scatter"]
-    assert it.needs.decode + scatter == pytest.approx(row["device_bytes"], rel=0.02)
-    if device_budget == 0.9:
-        # a smaller pool has fewer hits than the model assumes
-        assert it.bus_bytes == pytest.approx(row["pcie_bytes"], rel=0.05)
+    assert it.needs.decode == pytest.approx(row["device_bytes"], rel=0.02)
+    assert it.bus_bytes == pytest.approx(row["pcie_bytes"], rel=0.13)
 
 
 def test_a_prefill_of_a_million_tokens() -> None:

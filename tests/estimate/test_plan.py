@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wavekv.config import OffloadConfig
+from wavekv.errors import ConfigError
 from wavekv.estimate import Estimate, estimate
-from wavekv.estimate.decode import decode_step
+from wavekv.estimate.decode import _FIRST_RANKING, decode_step
 from wavekv.estimate.fit import STEP, longest_that_fits
 from wavekv.estimate.model import ModelShape, model_shape
 from wavekv.estimate.prefill import attention_flops, streamed_bytes
-from wavekv.estimate.step_bytes import StepBytes, hit_rate
+from wavekv.estimate.step_bytes import StepBytes, fetched_in_vain, hit_rate
 from wavekv.machine import MachineRecord
 
 H100 = MachineRecord.read(Path(__file__).parents[2] / "bench" / "results" / "machine_h100.json")
@@ -43,10 +44,11 @@ def foresee(
     machine: MachineRecord = H100,
     model: ModelShape = MODEL,
     batch: int = 1,
+    hits: float | None = None,
     **settings: object,
 ) -> Estimate:
     config = OffloadConfig(**settings)  # type: ignore[arg-type]
-    return estimate(model, config, machine, num_tokens=tokens, batch=batch)
+    return estimate(model, config, machine, num_tokens=tokens, batch=batch, hits=hits)
 
 
 def test_what_fits_has_no_problems() -> None:
@@ -113,7 +115,7 @@ def test_json_is_one_flat_enough_object() -> None:
     assert record["disk_bytes"] == 0
 
 
-def test_a_step_waits_for_the_longer_of_bus_and_estimate() -> None:
+def test_a_step_waits_for_the_longer_of_bus_and_kernels() -> None:
     read = StepBytes(10**9, 10**8, 10**8, 10**8, 10**7, 10**6, fetched=0)
     options = {"is_compiled": True, "is_captured": True}
     free = decode_step(read, 8, 8, H100.rates, **options)
@@ -122,7 +124,10 @@ def test_a_step_waits_for_the_longer_of_bus_and_estimate() -> None:
     assert hidden.seconds == free.seconds
     waited = decode_step(replace(read, fetched=10**9), 8, 8, H100.rates, **options)
     assert waited.seconds == pytest.approx(
-        free.seconds - free.parts["estimate"] + waited.parts["fetch, beside the estimate"]
+        free.seconds
+        - free.parts["estimate"]
+        - (1 - _FIRST_RANKING) * free.parts["rank"]
+        + waited.parts["fetch, beside these"]
     )
     eager = decode_step(read, 8, 8, H100.rates, is_compiled=False, is_captured=True)
     assert eager.seconds > free.seconds
@@ -175,6 +180,27 @@ def test_hit_rates_of_pools() -> None:
     rates = [hit_rate(slots, 100, 10_000) for slots in (0, 100, 200, 10_000)]
     assert rates == sorted(rates)
     assert (rates[0], rates[-1]) == (0.0, 1.0)
+
+
+def test_what_the_pool_has_need_not_cross_the_bus() -> None:
+    by_hits = {hits: foresee(8192 * 16, hits=hits) for hits in (0.0, 0.5, 1.0)}
+    moved = [it.bus_bytes for it in by_hits.values()]
+    assert moved == sorted(moved, reverse=True)
+    most = by_hits[0.0].needs.step.most
+    rows = MODEL.offloaded * MODEL.kv_heads
+    pages = by_hits[0.0].needs.cache.layout.page_bytes * rows * most
+    # with what is fetched in vain
+    assert pages < moved[0] < 1.3 * pages
+    assert moved[2] < 0.1 * pages
+    for hits in (-0.1, 1.1):
+        with pytest.raises(ConfigError, match="from 0 to 1"):
+            foresee(hits=hits)
+
+
+def test_nothing_is_fetched_in_vain_without_slots_for_it() -> None:
+    assert fetched_in_vain(100, 100, 0.5) == 0
+    assert 0 < fetched_in_vain(150, 100, 0.5) < fetched_in_vain(400, 100, 0.5)
+    assert fetched_in_vain(400, 100, 0.9) < fetched_in_vain(400, 100, 0.1)
 
 
 @given(st.integers(0, 2000), st.integers(1, 3000))

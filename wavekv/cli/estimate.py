@@ -35,6 +35,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtype", help="of weights and keys (that of the config)")
     parser.add_argument("--budget", type=_number, help="share or count of tokens to retrieve")
     parser.add_argument("--host-dtype", help="how pages are stored: model, int8, int4, int4-int2")
+    parser.add_argument(
+        "--hits", type=float, help="share of chosen pages in the pool (0.85; 0 if none recurs)"
+    )
     for name in ("cpu", "device"):
         parser.add_argument(f"--{name}-budget", type=_number, help="bytes, 8GiB, or a share")
     parser.add_argument("--prefill-chunk", type=int, help="tokens of one forward of a prefill")
@@ -60,7 +63,13 @@ def run(options: argparse.Namespace) -> int:
     else:
         machine = MachineRecord.read(options.machine)
     foreseen = estimate(
-        model, config, machine, num_tokens=num_tokens, batch=options.batch, dtype=dtype
+        model,
+        config,
+        machine,
+        num_tokens=num_tokens,
+        batch=options.batch,
+        dtype=dtype,
+        hits=options.hits,
     )
     if options.json:
         print(json.dumps(foreseen.to_dict()))

@@ -1,11 +1,12 @@
 """How long a decode step takes: bytes at the rates of the machine, and how much longer the kernels
 take than that.
 
-On CUDA a layer is: rank pages; fetch what is missing while the others are estimated; attend to the
-chosen ones. Each part takes a time of its own, for its kernels one after another, and the time of
-its bytes, a multiple of what a copy takes. The former were fitted to steps of an H100 at 128K and
-512K tokens with an older index (docs/decode_benchmark.md), the multiples to steps of an H200 at a
-million (docs/million.md); `tests/estimate/test_calibration.py` holds the prediction against them.
+On CUDA a layer is: rank pages, estimate those that are not chosen, and beside both, from the first
+ranking on, fetch what is missing; then attend to the chosen ones. Each part takes a time of its
+own, for its kernels one after another, and the time of its bytes, a multiple of what a copy takes.
+The former were fitted to steps of an H100 at 128K and 512K tokens with an older index
+(docs/decode_benchmark.md), the multiples to steps of an H200 at a million (docs/million.md);
+`tests/estimate/test_calibration.py` holds the prediction against them.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ _LAYER_LAUNCHED = 2e-3
 """The same where the host starts every kernel (transformers' own cache: 65 ms for 32 layers)."""
 _RANK, _ESTIMATE, _ATTEND, _FETCH = 33e-6, 14e-6, 8e-6, 4e-6
 """Seconds that the kernels of a part take for next to no pages."""
-_RANK_BYTES, _ESTIMATE_BYTES, _ATTEND_BYTES = 5.5, 3.2, 1.2
+_RANK_BYTES, _ESTIMATE_BYTES, _ATTEND_BYTES = 5.2, 2.0, 1.2
 """Bytes of a part, as a multiple of a copy."""
+_FIRST_RANKING = 0.33
+"""Of the time of ranking, what is over before anything is fetched."""
+_FETCH_BESIDE = 1.3
+"""Fetched bytes, as a multiple of a fetch that has the memory to itself."""
 _CPU_LAYER, _CPU_BYTES = 1.5e-3, 3.0
 """On a CPU seconds of a layer, and bytes as a multiple of reading them: the demo on two cores takes
 21 ms a token at 32K. One point, so no more than a hint elsewhere."""
@@ -53,21 +58,21 @@ def decode_step(
         own = _LAYER_FUSED if is_compiled else _LAYER_EAGER
     rank = offloaded * _RANK + _RANK_BYTES * (read.ranking + read.codes) / copy
     estimate = offloaded * _ESTIMATE + _ESTIMATE_BYTES * (read.estimating + read.steady) / copy
-    fetch = offloaded * _FETCH + read.fetched / bus
+    fetch = offloaded * _FETCH + _FETCH_BESIDE * read.fetched / bus
     attend = offloaded * _ATTEND + _ATTEND_BYTES * read.pages / copy
     weights, others = _WEIGHTS * read.weights / copy, layers * own
     how = f"bytes at {copy / 1e9:.0f} GB/s, pages at {bus / 1e9:.0f} GB/s, factors of an H200"
     if not is_captured:
         how = f"not captured as a graph, a hint: {how}"
     return Prediction(
-        seconds=weights + others + rank + max(estimate, fetch) + attend,
+        seconds=weights + others + max(rank + estimate, _FIRST_RANKING * rank + fetch) + attend,
         floor=read.read / copy,
         parts={
             "weights": weights,
             "norms and the like": others,
             "rank": rank,
             "estimate": estimate,
-            "fetch, beside the estimate": fetch,
+            "fetch, beside these": fetch,
             "attend to pages": attend,
         },
         how=how,

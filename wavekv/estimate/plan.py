@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from wavekv.config import OffloadConfig
+from wavekv.errors import ConfigError
 from wavekv.estimate.decode import decode_step
 from wavekv.estimate.fit import Misfit, longest_that_fits, misfits
 from wavekv.estimate.model import ModelShape
@@ -81,10 +82,16 @@ def estimate(
     num_tokens: int,
     batch: int = 1,
     dtype: torch.dtype | None = None,
+    hits: float | None = None,
 ) -> Estimate:
     """Foresee a prefill of `num_tokens` for each of `batch` sequences, and the steps after it.
 
-    dtype: of weights and keys; that of the model's config by default. Cost: below a second.
+    dtype: of weights and keys; that of the model's config by default. hits: the share of chosen
+    pages that the page pool has, 0 to 1; by default that of a text where two thirds of the pages
+    are chosen again. Cost: below a second.
+
+    Raises:
+        ConfigError: hits is not a share.
     """
     shape = CacheShape(
         layers=model.offloaded,
@@ -95,6 +102,8 @@ def estimate(
         dtype=dtype or model.dtype,
         num_tokens=num_tokens,
     )
+    if hits is not None and not 0 <= hits <= 1:
+        raise ConfigError(f"hits must be a share from 0 to 1, got {hits}")
     needs = needs_of(model, config, machine, shape)
     found = misfits(config, machine, needs)
 
@@ -107,7 +116,15 @@ def estimate(
         slots = 0 if needs.step is None else needs.step.slots
     weights = model.step_parameters * shape.dtype.itemsize
     windows = window_bytes(model, shape)
-    read = step_bytes(config, shape, needs.cache, weights=weights, windows=windows, slots=slots)
+    read = step_bytes(
+        config,
+        shape,
+        needs.cache,
+        weights=weights,
+        windows=windows,
+        slots=slots,
+        hits=hits,
+    )
     took = decode_step(
         read,
         model.layers,

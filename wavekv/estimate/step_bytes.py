@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from wavekv.config import OffloadConfig
 from wavekv.index.levels import num_finalists
 from wavekv.offload.budget import page_limits
+from wavekv.offload.engine_shape import LIKELY_SHARES
 from wavekv.offload.sizes import CacheBytes, CacheShape
 
-HIT_RATE = 0.82
-"""Of chosen pages in a pool of at least two budgets: measured at 32K to 512K where two thirds of
-the pages are chosen again (docs/decode_benchmark.md, queries and reuse)."""
+HIT_RATE = 0.85
+"""Of chosen pages in a pool of at least two budgets: measured at a million tokens where two thirds
+of the pages are chosen again (docs/million.md; 0.82 before pages were fetched ahead)."""
 REUSE = 0.66
 """Of chosen pages that the step before chose too: what a smaller pool finds at least."""
+_IN_VAIN = 0.3
+"""Of the pages that rank highest at first, those that are not chosen in the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,11 @@ def step_bytes(
     weights: int,
     windows: int,
     slots: int | None,
+    hits: float | None = None,
 ) -> StepBytes:
     """Of one step. weights, windows: bytes of them that it reads. slots: those of the page pool for
-    each KV head, 0 without a pool; None where no bus is between pages and steps."""
+    each KV head, 0 without a pool; None where no bus is between pages and steps. hits: the share of
+    chosen pages that the pool has, if it is known."""
     N, index, page = cache.num_pages, cache.index, config.page_size
     rows = shape.layers * shape.batch * shape.kv_heads
     most = min(N, page_limits(config, shape.num_tokens + 1)[1])
@@ -68,7 +73,9 @@ def step_bytes(
     scatter = index["scatter"] if config.tail_estimate == "second" else 0
     fetched = 0
     if slots is not None:
-        fetched = round(rows * most * (1 - hit_rate(slots, most, N))) * cache.layout.page_bytes
+        found = hit_rate(slots, most, N) if hits is None or slots < most else hits
+        share = 1 - found + fetched_in_vain(slots, most, found)
+        fetched = round(rows * most * share) * cache.layout.page_bytes
     return StepBytes(
         weights=weights,
         ranking=ranking + blocks + 4 * scores + 6 * ranks,
@@ -89,3 +96,13 @@ def hit_rate(slots: int, most: int, num_pages: int) -> float:
         # no pool
         return 0.0
     return HIT_RATE if slots >= 2 * most else REUSE
+
+
+def fetched_in_vain(slots: int, most: int, found: float) -> float:
+    """Pages that are fetched ahead and not chosen, as a share of the budget: of those that rank
+    highest at first. The pool has fewer of these than of the chosen ones, of which it has `found`:
+    at a million tokens 72 % where it has 85."""
+    if slots < most:
+        return 0.0
+    early = min(LIKELY_SHARES[0], (slots / most - 1) / len(LIKELY_SHARES))
+    return _IN_VAIN * early * (1 - found * HIT_RATE)

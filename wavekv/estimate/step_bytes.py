@@ -14,7 +14,8 @@ HIT_RATE = 0.85
 """Of chosen pages in a pool of at least two budgets: measured at a million tokens where two thirds
 of the pages are chosen again (docs/million.md; 0.82 before pages were fetched ahead)."""
 REUSE = 0.66
-"""Of chosen pages that the step before chose too: what a smaller pool finds at least."""
+"""Of chosen pages that the step before chose too: what a pool of one budget finds; larger ones lie
+between."""
 _IN_VAIN = 0.3
 """Of the pages that rank highest at first, those that are not chosen in the end."""
 
@@ -95,7 +96,7 @@ def hit_rate(slots: int, most: int, num_pages: int) -> float:
     if slots < most:
         # no pool
         return 0.0
-    return HIT_RATE if slots >= 2 * most else REUSE
+    return REUSE + (HIT_RATE - REUSE) * min(1.0, slots / most - 1)
 
 
 def fetched_in_vain(slots: int, most: int, found: float) -> float:

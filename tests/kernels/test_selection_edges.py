@@ -10,7 +10,7 @@ from implementations import IMPLEMENTATIONS, implementation
 from selection_cases import Limits, Selection, check_selection
 from torch import Tensor
 
-from wavekv.kernels.step import COUNT_BLOCK, SAMPLED_PAGES
+from wavekv.kernels.step import COUNT_BLOCK, FIRST, SAMPLES, SECOND, is_sampled
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -127,14 +127,24 @@ def test_a_choice_beside_a_much_wider_one(name: str) -> None:
     assert chosen_of(implementation(name), log_mass, limits) == list(range(80, 100))
 
 
-@pytest.mark.parametrize("num_pages", [SAMPLED_PAGES - 1, SAMPLED_PAGES, SAMPLED_PAGES + 500])
-def test_a_sample_shows_where_the_candidates_begin(kernels, num_pages: int) -> None:
+@pytest.mark.parametrize("wanted", [least + more for least, _ in SAMPLES for more in (-1, 0)])
+def test_a_sample_shows_where_the_candidates_begin(kernels, wanted: int) -> None:
+    """And the finalists, a fourth of them."""
     random = torch.Generator().manual_seed(2)
-    log_mass = torch.randn(1, 1, 1, num_pages, generator=random)
-    is_empty = torch.rand(1, 1, num_pages, generator=random) < 0.1
-    selection = Selection(*kernels, log_mass, is_empty, Limits(40, candidates=400), spare=7)
+    log_mass = torch.randn(1, 1, 1, 4 * wanted // 3, generator=random)
+    is_empty = torch.rand(1, 1, log_mass.shape[3], generator=random) < 0.1
+    selection = Selection(*kernels, log_mass, is_empty, Limits(40, candidates=wanted), spare=7)
     selection.rank()
-    bits, least = selection.stages[0][0], int(selection.scratch.threshold[0])
-    assert 330 <= sum(x >= least for x in bits) <= 480
+    for stage, number in ((FIRST, wanted), (SECOND, wanted // 4)):
+        bits, least = selection.stages[stage][0], int(selection.scratch.threshold[stage])
+        assert 0.88 * number < sum(x >= least for x in bits) < 1.15 * number
     selection.select()
     selection.check_chosen()
+
+
+def test_a_sample_has_one_page_of_each_block_wherever_it_is() -> None:
+    pages = torch.arange(16 * 64)
+    for every in (1, 4, 16):
+        sampled = is_sampled(pages, every).view(64, 16)
+        assert (sampled.sum(1) == 16 // every).all()
+        assert (sampled.sum(0) == 64 // every).all()

@@ -47,8 +47,8 @@ BIN_SHIFT = 17
 
 SCORE_BLOCK = 512
 """Pages that are scored together, with one pair of softmax statistics."""
-SAMPLE, SAMPLED_PAGES = 4, 8192
-"""Where a KV head has so many pages, every fourth tells where the candidates begin."""
+SAMPLES = (1024, 4), (8192, 16)
+"""Where so many pages are wanted for a closer look, one in so many tells where they begin."""
 
 COUNT_BLOCK = 1024
 """Pages of which those above a threshold are collected together."""
@@ -319,6 +319,18 @@ def empty_totals(shape: StepShape, device: torch.device) -> StepTotals:
         torch.zeros(B, H, 5, dtype=torch.int64, device=device),
         torch.zeros(B, H * shape.group, dtype=torch.float32, device=device),
     )
+
+
+def is_sampled(pages: Tensor, every: int) -> Tensor:
+    """Which of pages [n], numbers, are in a sample of one in `every`, a power of two up to 16: of
+    each block of 16 another one."""
+    return ((pages ^ (pages >> 4)) & (every - 1)) == 0
+
+
+def sampled_every(wanted: int, stage: int) -> int:
+    """How many pages one of a sample stands for; 1 in the `FINAL` stage."""
+    every = [1, *(every for least, every in SAMPLES if stage != FINAL and wanted >= least)]
+    return every[-1]
 
 
 def bin_base(group: int) -> int:

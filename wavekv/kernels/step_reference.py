@@ -31,8 +31,6 @@ from wavekv.kernels.step import (
     NUM_BINS,
     PAGES,
     REFINED,
-    SAMPLE,
-    SAMPLED_PAGES,
     SECOND,
     WIDE,
     StepArena,
@@ -43,6 +41,8 @@ from wavekv.kernels.step import (
     StepSteady,
     StepTotals,
     bin_base,
+    is_sampled,
+    sampled_every,
 )
 from wavekv.kernels.step_reference_shift import (
     by_moments,
@@ -140,8 +140,9 @@ def rank_pages(
     base = bin_base(shape.group)
     bins = ((bits >> BIN_SHIFT) - base).clamp(0, NUM_BINS - 1).long()
     histogram = torch.zeros(*bits.shape[:2], NUM_BINS, dtype=torch.int32, device=bits.device)
-    every = SAMPLE if n >= SAMPLED_PAGES and stage == FIRST else 1
-    is_counted = is_alive & (torch.arange(n, device=bits.device) % every == 0)
+    wanted = limits[(CANDIDATES, FINALISTS, WIDE)[stage]]
+    every = sampled_every(int(wanted), stage)
+    is_counted = is_alive & is_sampled(torch.arange(n, device=bits.device), every)
     histogram.scatter_add_(2, bins, is_counted.int())
     above = histogram.flip(2).cumsum(2).flip(2)
 
@@ -150,7 +151,7 @@ def rank_pages(
         last = torch.where(is_enough, torch.arange(NUM_BINS, device=bits.device), 0).amax(2)
         return torch.where(last == 0, 0, (last + base) << BIN_SHIFT).int()
 
-    least = least_of(limits[(CANDIDATES, FINALISTS, WIDE)[stage]])
+    least = least_of(wanted)
     if stage != FINAL:
         if int(limits[CANDIDATES]) == 0 or int(limits[MOST]) >= n:
             least.fill_(_NEVER)

@@ -19,8 +19,7 @@ from wavekv.kernels.step import (
     MOST,
     NUM_BINS,
     REFINED,
-    SAMPLE,
-    SAMPLED_PAGES,
+    SAMPLES,
     SCORE_BLOCK,
     SECOND,
     WIDE,
@@ -51,7 +50,7 @@ def _is_counted(
     n,
     is_page,
     row,
-    num_pages,
+    every,
     status,
     threshold,
     N,
@@ -59,16 +58,11 @@ def _is_counted(
     ROWS,
     NEVER,
     REFINED,
-    SAMPLED,
-    SAMPLE,
 ):
     """Which pages tell where the wanted ones begin."""
-    is_counted = is_page & (bits >= 0)
-    if STAGE == 0:
-        # of many pages a sample does
-        every = tl.where(num_pages >= SAMPLED, SAMPLE, 1)
-        is_counted = is_counted & (n % every == 0)
-    else:
+    # see `wavekv.kernels.step.is_sampled`
+    is_counted = is_page & (bits >= 0) & (((n ^ (n >> 4)) & (every - 1)) == 0)
+    if STAGE > 0:
         # the best few of all are among those that were ranked again, or nearly so; were there too
         # few, all would be listed
         least = tl.load(threshold + (STAGE - 1) * ROWS + row)
@@ -119,8 +113,10 @@ def _rank(
     BASE: tl.constexpr,
     NEVER: tl.constexpr,
     REFINED: tl.constexpr,
-    SAMPLED: tl.constexpr,
-    SAMPLE: tl.constexpr,
+    SOME: tl.constexpr,
+    OF_SOME: tl.constexpr,
+    MANY: tl.constexpr,
+    OF_MANY: tl.constexpr,
     STATS: tl.constexpr,
     STATS_BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -161,12 +157,16 @@ def _rank(
         tl.store(rank + row * N + n, bits, mask=is_page)
         bins = tl.minimum(tl.maximum((bits >> SHIFT) - BASE, 0), BINS - 1)
         here = histogram + (STAGE * ROWS + row) * BINS
+        wanted = tl.load(limits + LIMIT)
+        every = 1
+        if STAGE < 2:
+            every = tl.where(wanted >= MANY, OF_MANY, tl.where(wanted >= SOME, OF_SOME, 1))
         is_counted = _is_counted(
             bits,
             n,
             is_page,
             row,
-            num_pages,
+            every,
             status,
             threshold,
             N,
@@ -174,23 +174,19 @@ def _rank(
             ROWS,
             NEVER,
             REFINED,
-            SAMPLED,
-            SAMPLE,
         )
         tl.atomic_add(here + bins, 1, mask=is_counted, sem="relaxed")
         # the block that comes last knows all bins
         tl.debug_barrier()
         ticket = tl.atomic_add(arrived + STAGE * ROWS + row, 1, sem="acq_rel")
         if ticket >= num_blocks - 1:
-            every = tl.where((STAGE == 0) & (num_pages >= SAMPLED), SAMPLE, 1)
             counted = tl.load(here + tl.arange(0, BINS), cache_modifier=".cg")
-            wanted = tl.maximum(tl.load(limits + LIMIT) // every, 1)
-            least = _least_of(counted, wanted, BINS, BASE, SHIFT)
+            least = _least_of(counted, tl.maximum(wanted // every, 1), BINS, BASE, SHIFT)
             if STAGE < 2:
-                wanted = tl.load(limits + LIKELY + STAGE)
-                sure = _least_of(counted, tl.maximum(wanted // every, 1), BINS, BASE, SHIFT)
+                few = tl.load(limits + LIKELY + STAGE)
+                sure = _least_of(counted, tl.maximum(few // every, 1), BINS, BASE, SHIFT)
                 # ranks that the bins do not tell apart say nothing
-                sure = tl.where((wanted == 0) | (sure == 0), NEVER, sure)
+                sure = tl.where((few == 0) | (sure == 0), NEVER, sure)
                 tl.store(likely + STAGE * ROWS + row, sure)
                 # none are ranked again where none are wanted, or where all are chosen
                 is_needless = (tl.load(limits + CANDIDATES) == 0) | (
@@ -227,8 +223,10 @@ def rank_pages(
         "BASE": bin_base(shape.group),
         "NEVER": _NEVER,
         "REFINED": REFINED,
-        "SAMPLED": SAMPLED_PAGES,
-        "SAMPLE": SAMPLE,
+        "SOME": SAMPLES[0][0],
+        "OF_SOME": SAMPLES[0][1],
+        "MANY": SAMPLES[1][0],
+        "OF_MANY": SAMPLES[1][1],
         "STATS": power_of_two(triton.cdiv(shape.capacity, stats_block)),
         "STATS_BLOCK": stats_block,
         "STRIDE": scratch.block_max.shape[2],

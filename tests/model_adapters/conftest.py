@@ -12,6 +12,9 @@ from transformers import PreTrainedModel
 
 from wavekv import OffloadedKV
 
+# its asserts say what they compared, as those in test files do
+pytest.register_assert_rewrite("cache_answers")
+
 
 @cache
 def _wrapped(model_type: str, device: torch.device | str) -> OffloadedKV:

@@ -11,13 +11,13 @@ from torch import Tensor
 from wavekv.index import page_scatter, page_statistics
 from wavekv.index.levels import (
     LevelPages,
+    Logits,
     block_pages,
     choose_of_levels,
     estimate_of_levels,
     index_of_pages,
     num_finalists,
 )
-from wavekv.index.retrieval import Logits
 from wavekv.kernels.page_index import (
     PageIndex,
     block_means,

@@ -152,14 +152,14 @@ def _check_index(index: PageIndex) -> None:
         "variance": page,
         "mean": (blocks, num_words(D, MEAN_BITS), K, 4),
         "mean_step": page,
-        "value": (N, D // 2),
+        "value": (N, -(-D // 2)),
         "value_step": page,
         "high": (N, high, P, 4),
         "low": (N, low, P, 4),
         "key_step": (N, P),
         "block_mean": (blocks, D),
         "block_mean_scale": block,
-        "block_value": (blocks, D // 2),
+        "block_value": (blocks, -(-D // 2)),
         "block_value_scale": block,
     }
     for (name, shape), part, dtype in zip(shapes.items(), index, DTYPES, strict=True):

@@ -16,8 +16,8 @@ class IndexParams:
     """How keys are clustered and coded. A wrong value is a ConfigError."""
 
     page_size: int = 16
-    """Keys in a page, a power of two from 1 to 256, with values to 128. Smaller pages reach a recall with fewer keys
-    scanned, but there are more of them to rank and to keep."""
+    """Keys in a page, a power of two from 1 to 256, of keys with values to 128. Smaller pages reach
+    a recall with fewer keys scanned, but there are more of them to rank and to keep."""
     segment: int = 2048
     """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages. Keys
     that come together are often alike, so longer segments find no better pages, and take longer."""

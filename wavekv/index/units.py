@@ -1,8 +1,7 @@
 """Units: powers of two that bring keys and values of any size into the range of step bytes.
 
-An index for attention keeps its statistics of keys and values in units of the first segment of each
-head, since a step byte reaches from 1e-6 to 3757 (`wavekv.kernels.planes`). Keys that come later may
-be 200 times as large before their steps end there.
+Statistics for attention are kept in units of the first segment of each head, since a step byte
+reaches from 1e-6 to 3757 (`wavekv.kernels.planes`).
 """
 
 from __future__ import annotations

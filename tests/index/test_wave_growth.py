@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wavekv.growing import GrowingTensor
-from wavekv.index import IndexParams, WaveIndex, pages, state
+from wavekv.index import IndexParams, WaveIndex, pages, state, units
 
 from .index_cases import (
     FEW,
@@ -209,10 +209,10 @@ def test_after_an_allocation_that_fails_the_index_is_as_before(is_append) -> Non
         (state, "cluster"),
         (state, "train_codec"),
         (state, "encode"),
-        (state, "scatter_by_span"),
+        (units, "scatter_by_span"),
         (pages, "balanced_pages"),
         (pages, "encode_keys"),
-        (state, "index_of_pages"),
+        (units, "index_of_pages"),
         (state, "units_of"),
         (state.torch, "cat"),
     ],

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from wavekv.growing import GrowingTensor
 from wavekv.index.codec import KeyCodec, clustering_map, train_codec
-from wavekv.index.levels import index_of_pages
 from wavekv.index.pages import (
     PageStore,
     Parts,
@@ -19,9 +18,9 @@ from wavekv.index.pages import (
     rows_of,
 )
 from wavekv.index.params import BLOCK_PAGES, IndexParams
-from wavekv.index.scatter import SpanScatter, add_rounded, pages_of_span, scatter_by_span
+from wavekv.index.scatter import SpanScatter, add_rounded, pages_of_span
 from wavekv.index.segments import cut_segments
-from wavekv.index.units import in_units, units_of
+from wavekv.index.units import scatter_of, summary_of, units_of
 from wavekv.kernels import SearchParts, checked
 from wavekv.kernels.page_index import PageIndex
 
@@ -224,15 +223,10 @@ class IndexState:
             size, refine = self.params.page_size, self.params.refine
             pages = cluster(keys, given, turn, size, refine=refine, start=start + done)
             if self.has_values:
-                pages |= self._summary(pages["pages"], units)
+                pages |= summary_of(pages["pages"], units)
             segments.append(pages)
             done += length
         return segments
-
-    def _summary(self, pages: Tensor, units: Tensor) -> Parts:
-        """The `page_index` of pages [H, n, 2, P, D]."""
-        keys, values = in_units(pages, units)
-        return index_of_pages(keys, values, _full(keys), BLOCK_PAGES)._asdict()
 
     def _train(self, lengths: list[int], kept: int, clustered: list[Parts]) -> KeyCodec | None:
         """The codec for an index of such segments, of which the first `kept` are held."""
@@ -277,7 +271,7 @@ class IndexState:
             after = page + length // self.params.page_size
             if after > begin:
                 pages = self.pages["pages"][:, max(page, begin) : after]
-                add_rounded(total, self._scatter_of(pages, 0, self.units)[:, :, 0])
+                add_rounded(total, scatter_of(pages, self.units, 0, self.span_pages)[:, :, 0])
             page = after
         return total
 
@@ -289,18 +283,7 @@ class IndexState:
             return []
         scatters = []
         for segment in segments:
-            scatters.append((first, self._scatter_of(segment["pages"], first, units)))
+            of_segment = scatter_of(segment["pages"], units, first, self.span_pages)
+            scatters.append((first, of_segment))
             first += segment["ids"].shape[1]
         return scatters
-
-    def _scatter_of(self, pages: Tensor, first: int, units: Tensor) -> Tensor:
-        keys, values = in_units(pages, units)
-        scatter = scatter_by_span(
-            keys, values, _full(keys), first_page=first, span_pages=self.span_pages
-        )
-        return scatter[None]
-
-
-def _full(pages: Tensor) -> Tensor:
-    """[H, n] int32: the counts of full pages [H, n, P, D]."""
-    return torch.full(pages.shape[:2], pages.shape[2], dtype=torch.int32, device=pages.device)

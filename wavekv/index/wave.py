@@ -31,8 +31,9 @@ class WaveIndex:
     Memory beside the keys, bytes for each: `code_dims / 2 + 1 + 4 / P` of codes, `(D + 8) / P + 4`
     of means and ids, for pages of P; 78 at D = 128 and the defaults. With values, `attend` needs
     `3 D / 8 + 1 + (27 D / 32 + 4.5) / P` bytes more, and `4 D**2 / max(segment, 16 D)`; 88 at
-    D = 128 and the defaults. Building holds a few copies of what is added at a time. A build is linear in N; an append that fills a segment clusters its
-    keys again, up to `log2(segment / (16 P))` times each.
+    D = 128 and the defaults. Building holds a few copies of what is added at a time. A build is
+    linear in N; an append that fills a segment clusters its keys again, up to
+    `log2(segment / (16 P))` times each.
     """
 
     def __init__(self, state: IndexState, *, is_read_only: bool = False) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wavekv.index.retrieval import Logits
+from wavekv.index.levels import Logits
 from wavekv.kernels import merge_state
 from wavekv.kernels.block import attend_block
 from wavekv.kernels.step import END, START

@@ -39,8 +39,7 @@ from wavekv import OffloadConfig, OffloadedCache, OffloadedKV
 from wavekv.cli.answering import VALUE_DIGITS
 from wavekv.demo import corpus
 from wavekv.demo.context import PlantedContext, plant
-from wavekv.index.levels import choose_of_levels
-from wavekv.index.retrieval import Logits
+from wavekv.index.levels import Logits, choose_of_levels
 from wavekv.model_adapters.bundled import load_demo_model, load_demo_tokenizer
 from wavekv.offload.budget import page_limits
 

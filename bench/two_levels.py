@@ -39,7 +39,8 @@ from wavekv.index.segments import cut_segments
 from wavekv.index.statistics import page_scatter, page_statistics
 from wavekv.kernels.means import pack_rows, unpack_rows
 from wavekv.kernels.mixing import mixing
-from wavekv.kernels.reference import rounded_to_int8, value_slope
+from wavekv.kernels.reference import value_slope
+from wavekv.kernels.reference_search import rounded_to_int8
 
 PAGE, SEGMENT, BLOCK, SINKS, LATEST, DIM = 8, 8192, 16, 4, 252, 128
 SPAN = SEGMENT // PAGE

@@ -11,13 +11,14 @@ from torch import Tensor
 from wavekv.index import page_scatter, page_statistics
 from wavekv.index.levels import (
     LevelPages,
+    Logits,
     block_pages,
     choose_of_levels,
     estimate_of_levels,
     index_of_pages,
     num_finalists,
 )
-from wavekv.index.retrieval import Logits
+from wavekv.kernels.levels import refine_levels, score_levels
 from wavekv.kernels.page_index import (
     PageIndex,
     block_means,
@@ -46,7 +47,7 @@ def clustered(seed: int, rows: int, pages: int, size: int, D: int) -> tuple[Tens
 @given(
     seed=SEEDS,
     K=st.sampled_from([1, 2, 16]),
-    D=st.sampled_from([2, 40, 64]),
+    D=st.sampled_from([1, 2, 13, 40, 64]),
     size=st.sampled_from([1, 8]),
 )
 def test_stored_means_are_near(seed: int, K: int, D: int, size: int) -> None:
@@ -115,6 +116,43 @@ def test_codes_are_read_of_the_best(refine: int, first: int, second: int) -> Non
     differ = (choice.log_mass != plain.log_mass).unflatten(1, (2, 4)).any(2)
     read = torch.zeros(1, 2, 256, dtype=torch.bool).scatter_(2, choice.refined, True)
     assert torch.equal(differ, read)
+
+
+def hiding(seed: int) -> tuple[PageIndex, Tensor, Tensor]:
+    """An index of 512 pages of 16 random keys, the keys, and a query that key 3 of page 77 fits."""
+    keys, values = torch.randn(2, 1, 512, 16, 64, generator=torch.Generator().manual_seed(seed))
+    counts = torch.full((1, 512), 16, dtype=torch.int32)
+    made = index_of_pages(keys, values, counts, 16)
+    return PageIndex._make(part[None] for part in made), keys, keys[:, 77, 3:4]
+
+
+def test_codes_find_a_key_that_its_page_hides() -> None:
+    """The mean shows little of one key that fits the query among random ones, the codes all."""
+    found = {1: 0, 50: 0}
+    for seed in range(20):
+        index, _, query = hiding(seed)
+        pages = LevelPages(index, torch.zeros(1, 1, 1, 2, 64, 64).bfloat16(), 512)
+        for refine in found:
+            choice = choose_of_levels(query, pages, Logits(0.25), least=5, most=5, refine=refine)
+            found[refine] += 77 in choice.pages
+    assert found[50] >= 18
+    assert found[1] < found[50]
+
+
+def test_codes_have_nearly_the_mass_of_the_keys() -> None:
+    index, keys, _ = hiding(0)
+    query = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(1))
+    logits = torch.einsum("bhd,bnpd->bhnp", query, keys) * 0.125
+    everything = torch.arange(512).view(1, 1, -1)
+    scores = score_levels(query, index, scale=0.125)
+    error = (scores.log_mass - logits.logsumexp(-1)).square().mean().sqrt()
+    for use_low in (False, True):
+        refined = refine_levels(scores, index, everything, use_low=use_low)
+        before, error = error, (refined.log_mass - logits.logsumexp(-1)).square().mean().sqrt()
+        assert error < 0.7 * before
+    rise = ((logits.softmax(-1) - 1 / 16) * logits).sum(-1)
+    assert error < 0.1
+    assert (refined.shift - rise).square().mean().sqrt() < 0.2 * rise.square().mean().sqrt()
 
 
 def test_no_codes_are_read_where_all_pages_are_chosen() -> None:

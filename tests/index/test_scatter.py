@@ -59,9 +59,18 @@ def test_a_sum_is_made_in_float32_and_rounded_once() -> None:
     assert torch.equal(kept, expected)
 
 
+@pytest.mark.parametrize("width", [13, 80, 128])
+@pytest.mark.parametrize("block_pages", [1, 4, 16])
+def test_a_span_is_of_whole_blocks(width: int, block_pages: int) -> None:
+    for segment in (16 * P, 8192):
+        pages = pages_of_span(segment, P, width, block_pages)
+        assert pages % block_pages == 0
+        assert max(segment, 16 * width) <= P * pages < max(segment, 16 * width) + P * block_pages
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_a_span_takes_at_most_a_sixteenth_of_bfloat16_pages(width: int) -> None:
     for segment in (16, 256, 8192):
-        pages = pages_of_span(segment, P, width)
+        pages = pages_of_span(segment, P, width, 4)
         kept = SpanScatter(torch.empty(1, 1, 0, width), pages)
         assert 16 * kept.spans.row_nbytes <= 2 * 2 * pages * P * width

@@ -165,6 +165,19 @@ def test_keys_of_any_size_that_their_type_holds_give_finite_results(dtype, size)
     assert float((result.out - out).norm() / out.norm()) < 0.5
 
 
+@HALF
+@given(key_power=st.integers(-20, 18), value_power=st.integers(-20, 18), seed=SEEDS)
+def test_the_size_of_keys_and_values_does_not_matter(key_power, value_power, seed) -> None:
+    """Powers of two, so that nothing is rounded in another way."""
+    data = make_data(seed, 400)
+    wanted = WaveIndex.build(data.keys, SMALL, values=data.values).attend(data.queries, budget=0.1)
+    keys, values = data.keys * 2.0**key_power, data.values * 2.0**value_power
+    index = WaveIndex.build(keys, SMALL, values=values)
+    result = index.attend(data.queries * 2.0**-key_power, budget=0.1)
+    assert torch.equal(result.out, wanted.out * 2.0**value_power)
+    assert torch.equal(result.lse, wanted.lse)
+
+
 @pytest.mark.parametrize("size", [1e5, 1e7])
 def test_the_largest_numbers_that_are_accepted_give_finite_results(size: float) -> None:
     data = make_data(0, 300)

@@ -193,6 +193,13 @@ def test_wrong_parameters(options, message) -> None:
         IndexParams(**options)
 
 
+def test_pages_of_keys_with_values_hold_at_most_128() -> None:
+    params = IndexParams(page_size=256, segment=4096)
+    assert len(WaveIndex.build(KEYS, params)) == KEYS.shape[1]
+    with pytest.raises(ConfigError, match="page_size must be at most 128 for keys with values"):
+        WaveIndex.build(KEYS, params, values=KEYS)
+
+
 def test_no_more_dimensions_are_coded_than_there_are() -> None:
     with pytest.raises(ConfigError, match=r"code_dims must be at most 16 .*12.*, got 24"):
         WaveIndex.build(KEYS, IndexParams(code_dims=24))

@@ -146,6 +146,7 @@ def with_header(raw: bytes, change) -> bytes:
         lambda text: text.replace(b'"dim": 4', b'"dim": -4'),
         lambda text: text.replace(b'"num_heads": 2', b'"num_heads": 4'),
         lambda text: text.replace(b'"page_size": 4', b'"page_size": 5'),
+        lambda text: text.replace(b'"page_size": 4', b'"page_size": 256'),
         lambda text: text.replace(b'"has_values": true', b'"has_values": false'),
         lambda text: text.replace(b'"dtype": "float32"', b'"dtype": "float64"'),
         lambda text: text.replace(b'"nbytes": ', b'"nbytes": 1'),
@@ -166,13 +167,13 @@ def test_a_header_that_does_not_fit_itself_is_refused(saved, tmp_path, change, m
         WaveIndex.load(tmp_path / "index", mmap=mmap)
 
 
-@pytest.mark.parametrize("version", [2, 7])
+@pytest.mark.parametrize("version", [3, 7])
 def test_another_format_says_so(saved, tmp_path, version: int) -> None:
     raw = bytearray(saved.read_bytes())
     raw[8:12] = struct.pack("<I", version)
     (tmp_path / "index").write_bytes(raw)
     message = (
-        rf"expected .*index in format version 3, got {version}; the wavekv that wrote it reads"
+        rf"expected .*index in format version 4, got {version}; the wavekv that wrote it reads"
     )
     for read in (WaveIndex.load, WaveIndex.describe):
         with pytest.raises(IndexFormatError, match=message):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wavekv.growing import GrowingTensor
-from wavekv.index import IndexParams, WaveIndex, pages, state
+from wavekv.index import IndexParams, WaveIndex, pages, state, units
 
 from .index_cases import (
     FEW,
@@ -117,6 +117,14 @@ def test_kept_segments_are_coded_anew_as_they_would_be(dim: int, has_sample: boo
     assert_same_tensors(snapshot(index), snapshot(build(data, params, upto=900, **options)))
 
 
+def test_a_span_that_is_no_segment_is_coded_anew_too() -> None:
+    """16 keys for each of 12 dimensions are a block and a half: a span is two."""
+    data, params = make_data(0, 1024), IndexParams(page_size=8, segment=128)
+    index = build(data, params, upto=384)
+    append(index, data, 384, 1024)
+    assert_same_tensors(snapshot(index), snapshot(build(data, params)))
+
+
 def test_small_appends_leave_the_codec_alone(monkeypatch) -> None:
     """It is trained anew when the full segments double, not with every block."""
     data, params = make_data(0, 1300), IndexParams(page_size=2, segment=128)
@@ -201,10 +209,11 @@ def test_after_an_allocation_that_fails_the_index_is_as_before(is_append) -> Non
         (state, "cluster"),
         (state, "train_codec"),
         (state, "encode"),
-        (state, "scatter_by_span"),
+        (units, "scatter_by_span"),
         (pages, "balanced_pages"),
         (pages, "encode_keys"),
-        (pages, "page_statistics"),
+        (units, "index_of_pages"),
+        (state, "units_of"),
         (state.torch, "cat"),
     ],
 )

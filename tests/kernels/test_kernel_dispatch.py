@@ -45,18 +45,15 @@ def test_use_backend_nests_and_is_undone() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("score", (QUERY[0], PAGES, None, COUNTS), r"query must be .* got \(4, 8\)"),
-        ("score", (QUERY[:, :3], PAGES, None, COUNTS), r"a multiple of Hkv=2"),
-        ("score", (QUERY, PAGES.double(), None, COUNTS), r"mean must be .* got .*float64"),
-        ("score", (QUERY, PAGES, PAGES, COUNTS), r"variance must be \(1, 2, 5\) .*float32"),
-        ("score", (QUERY, PAGES, PAGES[..., 0].half(), COUNTS), r"variance must be .*float16"),
-        ("score", (QUERY, PAGES, None, COUNTS.long()), r"counts must be .*int32, got .*int64"),
-        ("score", (QUERY, PAGES.mT.contiguous().mT, None, COUNTS), r"contiguous last dimension"),
         ("attend_pages", (QUERY, [CHUNK], IDS.int(), COUNTS), r"page_ids must be .*int64"),
         ("attend_pages", (QUERY, [], IDS, COUNTS), r"at least one chunk"),
         ("attend_pages", (QUERY, [CHUNK, CHUNK[:2]], IDS, COUNTS), r"chunks must all be"),
         ("attend_pages", (QUERY, [CHUNK[..., :4]], IDS, COUNTS), r"chunks must be \[C, 2, P, 8\]"),
         ("attend_pages", (QUERY, [CHUNK[:, :, ::2]], IDS, COUNTS), r"chunks must be contiguous"),
+        ("attend_dense", (QUERY[0], PAGES, PAGES, None), r"query must be .* got \(4, 8\)"),
+        ("attend_dense", (QUERY[:, :3], PAGES, PAGES, None), r"a multiple of Hkv=2"),
+        ("attend_dense", (QUERY, PAGES.double(), PAGES, None), r"keys must be .* got .*float64"),
+        ("attend_dense", (QUERY, PAGES.mT.contiguous().mT, PAGES, None), r"contiguous last"),
         ("attend_dense", (QUERY, PAGES, PAGES[:, :1], None), r"values must be \(1, 2, 5, 8\)"),
         ("attend_dense", (QUERY, PAGES, PAGES, torch.ones(1, 5)), r"valid must be .*bool"),
     ],
@@ -76,8 +73,6 @@ def test_wrong_numbers_are_named() -> None:
         kernels.select(masses, 2, max_pages=2, top_p=1.5)
     with pytest.raises(ValueError, match="a multiple of Hkv=3"):
         kernels.select(masses, 3, max_pages=2)
-    with pytest.raises(ValueError, match=r"selected must be \(1, 2, 5\)"):
-        kernels.estimate(masses, PAGES, IDS.int())
     with pytest.raises(ValueError, match="states must be"):
         kernels.merge_state(QUERY, QUERY[..., 0], QUERY, QUERY[0, :, 0])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from wavekv.index.levels import index_of_pages
-from wavekv.kernels import estimate, score, use_backend, value_slope
+from wavekv.kernels import use_backend, value_slope
 from wavekv.kernels.levels import Scores, estimate_levels, refine_levels, score_levels
 from wavekv.kernels.mixing import mixing
 from wavekv.kernels.page_index import (
@@ -23,6 +23,7 @@ from wavekv.kernels.page_index import (
     mean_values,
 )
 from wavekv.kernels.planes import centred, steps_of, unpack_plane
+from wavekv.kernels.reference import by_group, by_moments
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -33,7 +34,7 @@ CASES = st.fixed_dictionaries(
         "batch": st.integers(1, 2),
         "kv_heads": st.integers(1, 2),
         "group": st.sampled_from([1, 3, 4]),
-        "head_dim": st.sampled_from([2, 8, 48, 64, 80, 96, 128]),
+        "head_dim": st.sampled_from([1, 2, 8, 13, 48, 64, 80, 96, 128]),
         "page_size": st.sampled_from([1, 2, 3, 4, 8, 16, 32]),
         "block_pages": st.sampled_from([1, 2, 4, 16]),
         "blocks": st.sampled_from([0, 1, 3, 40]),
@@ -128,15 +129,14 @@ def test_scores_are_those_of_the_stored_means(
 ) -> None:
     case = make_case(**chosen)
     scores = scored(case, backend, use_variance)
-    with use_backend("torch"):
-        log_mass, shift = score(
-            case.query,
-            mean_keys(case.index),
-            steps_of(case.index.variance) if use_variance else None,
-            case.index.counts.int(),
-            scale=case.query.shape[-1] ** -0.5,
-            softcap=case.softcap,
-        )
+    q = by_group(case.query, case.index.counts.shape[1]) * case.query.shape[-1] ** -0.5
+    log_mass, shift = by_moments(
+        q @ mean_keys(case.index).mT,
+        q.square().sum(-1),
+        steps_of(case.index.variance) if use_variance else None,
+        case.index.counts.int(),
+        case.softcap,
+    )
     close(scores.log_mass, log_mass)
     close(scores.shift, shift)
 
@@ -191,15 +191,21 @@ def test_estimates_have_the_values_of_pages_or_blocks(
     is_own = is_own.scatter_(2, refined.masked_fill(refined < 0, N), True)[..., :-1]
     own = block_values(case.index).repeat_interleave(chosen["block_pages"], 2)
     values = torch.where(is_own.unsqueeze(-1), mean_values(case.index), own)
-    arguments = scores.shift, slope
-    with use_backend("torch"):
-        expected = estimate(scores.log_mass, values, selected, *arguments, span_pages=span)
     with use_backend(backend):
-        state = estimate_levels(
-            scores.log_mass, case.index, selected, refined, *arguments, span_pages=span
+        out, lse = estimate_levels(
+            scores.log_mass, case.index, selected, refined, scores.shift, slope, span_pages=span
         )
-    for ours, theirs in zip(state, expected, strict=True):
-        close(ours, theirs, 1e-3)
+    is_left = torch.ones(B, Hkv, N + 1, dtype=torch.bool)
+    is_left = is_left.scatter_(2, selected.masked_fill(selected < 0, N), False)[..., :-1]
+    group = case.query.shape[1] // Hkv
+    masses = scores.log_mass.masked_fill(~is_left.repeat_interleave(group, 1), -torch.inf)
+    close(lse, masses.logsumexp(-1), 1e-3)
+    weights = masses.softmax(-1).nan_to_num(nan=0.0)
+    rows = values.repeat_interleave(group, 1)
+    if slope is not None:
+        own_slope = slope.repeat_interleave(span, 2)[:, :, :N]
+        rows = rows + scores.shift.unsqueeze(-1) * own_slope
+    close(out, torch.einsum("bhn,bhnd->bhd", weights, rows), 1e-3)
 
 
 def test_a_wrong_part_is_named() -> None:
@@ -210,5 +216,14 @@ def test_a_wrong_part_is_named() -> None:
         scored(case._replace(index=broken), "auto")
     with pytest.raises(ValueError, match="candidates must be"):
         refine_levels(scores, case.index, none.float(), use_low=True)
-    with pytest.raises(ValueError, match="a slope needs the shift"):
-        estimate_levels(scores.log_mass, case.index, none, none, slope=torch.zeros(1, 8, 1, 64))
+    masses, slope = scores.log_mass, torch.zeros(1, 8, 3, 64)
+    for shift, span in ((None, 32), (masses, 8)):
+        with pytest.raises(ValueError, match=r"a slope needs the shift .* multiple of 16, got"):
+            estimate_levels(masses, case.index, none, none, shift, slope, span_pages=span)
+    with pytest.raises(ValueError, match=r"slope must be \(1, 8, 2, 64\)"):
+        estimate_levels(masses, case.index, none, none, masses, slope, span_pages=48)
+    for wrong in (masses[..., :5], masses[:, :2], masses.int()):
+        with pytest.raises(ValueError, match="shift must be"):
+            estimate_levels(masses, case.index, none, none, wrong, slope, span_pages=32)
+    with pytest.raises(ValueError, match=r"selected must be \(1, 2, 0\)"):
+        estimate_levels(masses, case.index, none.int(), none)

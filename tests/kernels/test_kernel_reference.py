@@ -36,37 +36,6 @@ def assert_state(state: tuple[Tensor, Tensor], b: int, head: int, expected) -> N
     torch.testing.assert_close(state[1][b, head], torch.tensor(expected[1]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("moments", [1, 2])
-def test_score(softcap: float | None, moments: int) -> None:
-    query, mean = torch.randn(B, HKV * G, D), torch.randn(B, HKV, N, D)
-    variance = 3 * torch.rand(B, HKV, N)
-    counts = torch.randint(0, 5, (B, HKV, N), dtype=torch.int32)
-    spread = variance if moments == 2 else None
-    log_mass, shift = reference.score(query, mean, spread, counts, scale=0.7, softcap=softcap)
-    for b, h, g in HEADS:
-        for n in range(N):
-            count = int(counts[b, h, n])
-            actual = float(log_mass[b, h * G + g, n])
-            if count == 0:
-                assert actual == -math.inf
-                assert shift[b, h * G + g, n] == 0
-                continue
-            raw = 0.7 * dot(query[b, h * G + g], mean[b, h, n])
-            q = query[b, h * G + g]
-            s2 = 0.49 * dot(q, q) * float(variance[b, h, n]) * (moments == 2)
-            rise = s2
-            if softcap is not None:
-                bend_slope = 1 - math.tanh(raw / softcap) ** 2
-                rise, s2 = bend_slope * s2, bend_slope**2 * s2
-            log_n = math.log(count)
-            correction = s2 / 2 if s2 <= 2 * log_n else math.sqrt(2 * log_n * s2) - log_n
-            expected = log_n + bend(raw, softcap) + correction
-            assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5)
-            rise *= 1 if s2 <= 2 * log_n else math.sqrt(2 * log_n / s2)
-            assert shift[b, h * G + g, n] == pytest.approx(rise, rel=1e-5, abs=1e-5)
-
-
 @pytest.mark.parametrize("top_p", [None, 0.4, 0.9])
 @pytest.mark.parametrize("max_pages", [0, 2, 4, 9])
 def test_select(top_p: float | None, max_pages: int) -> None:
@@ -119,26 +88,6 @@ def test_attend_dense() -> None:
         logits = [0.7 * dot(query[b, h * G + g], keys[b, h, s]) for s in live]
         expected = softmax_state(logits, [values[b, h, s] for s in live])
         assert_state(state, b, h * G + g, expected)
-
-
-@pytest.mark.parametrize("span_pages", [None, 1, 2, 7])
-def test_estimate(span_pages: int | None) -> None:
-    masses, value_mean = torch.randn(B, HKV * G, N), torch.randn(B, HKV, N, D)
-    selected = torch.tensor([[[3, 0, -1], [-1, -1, -1]], [[0, 1, 2], [4, 3, 2]]])
-    shift = slope = None
-    if span_pages is not None:
-        shift, slope = torch.randn(masses.shape), torch.randn(B, HKV * G, -(-N // span_pages), D)
-    state = reference.estimate(
-        masses, value_mean, selected, shift, slope, span_pages=span_pages or 1
-    )
-    for b, h, g in HEADS:
-        head, values = h * G + g, list(value_mean[b, h])
-        if shift is not None and slope is not None:
-            leans = [shift[b, head, n] * slope[b, head, n // span_pages] for n in range(N)]
-            values = [value + lean for value, lean in zip(values, leans, strict=True)]
-        left = [n for n in range(N) if n not in selected[b, h].tolist()]
-        logits = [float(masses[b, head, n]) for n in left]
-        assert_state(state, b, head, softmax_state(logits, [values[n] for n in left]))
 
 
 def test_merge_state() -> None:

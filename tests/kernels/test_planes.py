@@ -56,11 +56,13 @@ def test_words_meet_a_query_in_its_order(seed: int, bits: int, dim: int) -> None
         assert total == int((codes[row].long() * query).sum())
 
 
-@given(seed=SEEDS, half=st.integers(1, 40))
-def test_nibbles_come_back(seed: int, half: int) -> None:
+@given(seed=SEEDS, dim=st.integers(1, 80))
+def test_nibbles_come_back(seed: int, dim: int) -> None:
     random = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (5, 2 * half), generator=random, dtype=torch.uint8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    codes = torch.randint(0, 16, (5, dim), generator=random, dtype=torch.uint8)
+    packed = pack_nibbles(codes)
+    assert packed.shape == (5, (dim + 1) // 2)
+    assert torch.equal(unpack_nibbles(packed, dim), codes)
 
 
 @given(x=st.floats(1e-5, 3000))

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from wavekv.index.inputs import expect_positive, expect_share, pages_in_budget
+from wavekv.index.levels import LevelPages, Logits, choose_of_levels, estimate_of_levels
 from wavekv.index.pages import PageStore
-from wavekv.index.retrieval import Logits, PageSummary, choose_pages, estimate_others
 from wavekv.index.scatter import SpanScatter
 from wavekv.index.state import IndexState
 from wavekv.kernels import attend_dense, attend_pages, merge_state
+from wavekv.kernels.page_index import PageIndex
 
-_CANDIDATES = 32
+_REFINE = 32
 """So many budgets of pages are ranked again by the codes of their keys."""
 _MASSES_AT_ONCE = 1 << 25
 
@@ -71,24 +72,19 @@ def _attend(
     scale, softcap = logits
     near = attend_dense(query, keys, values, None, scale=scale, softcap=softcap)
     attended = torch.full((H, Q), tail.shape[2], device=queries.device)
-    if state.codec is None or state.scatter is None:
+    if state.scatter is None or state.pages.num_pages == 0:
         out, lse = (_by_query(x, H, group) for x in near)
         return out, lse, attended, torch.zeros_like(lse)
-    pages = _summary(state, state.scatter, B)
-    turned = state.codec.queries(queries)[..., : state.code_dims]
+    pages = _level_pages(state, state.scatter, B)
+    key_unit, value_unit = state.units.repeat_interleave(group, 0).unsqueeze(-1).unbind(1)
+    asked = query * key_unit
     least, most = options.page_limits(state.pages.num_pages, state.params.page_size)
-    choice = choose_pages(
-        query,
-        _by_group(turned, group),
-        pages,
-        logits,
-        least=least,
-        most=most,
-        top_p=options.top_p,
-        num_candidates=_CANDIDATES * most,
+    choice = choose_of_levels(
+        asked, pages, logits, least=least, most=most, top_p=options.top_p, refine=_REFINE
     )
     chosen = _attend_chosen(query, state.pages, choice.pages, logits)
-    rest = estimate_others(query, choice, pages, scale)
+    others, others_lse = estimate_of_levels(asked, choice, pages, scale)
+    rest = others * value_unit, others_lse
     out, lse = merge_state(*merge_state(*near, *chosen), *rest)
     read = (choice.pages >= 0).sum(2) * state.params.page_size
     attended = attended + read.T.repeat_interleave(group, 1)
@@ -109,25 +105,11 @@ def _attend_chosen(
     return attend_pages(query, [buffer.flatten(0, 1)], ids, counts, scale=scale, softcap=softcap)
 
 
-def _summary(state: IndexState, scatter: SpanScatter, batch: int) -> PageSummary:
+def _level_pages(state: IndexState, scatter: SpanScatter, batch: int) -> LevelPages:
     """The pages as each of `batch` groups of queries sees them: views."""
-
-    def shared(x: Tensor) -> Tensor:
-        return x.expand(batch, *x.shape)
-
-    pages, codes = state.pages, state.codes
-    H, N, P = pages["ids"].shape
-    counts = torch.full((H, N), P, dtype=torch.int32, device=state.tail.device)
-    return PageSummary(
-        counts=shared(counts),
-        mean=shared(pages["mean"]),
-        variance=shared(pages["variance"]),
-        value_mean=shared(pages["value_mean"]),
-        codes=shared(codes["codes"]),
-        code_scale=shared(codes["code_scale"]),
-        page_scale=shared(codes["page_scale"]),
-        scatter=shared(scatter.spans.view[0]),
-        span_pages=scatter.span_pages,
+    index = PageIndex._make(part.expand(batch, *part.shape) for part in state.page_index)
+    return LevelPages(
+        index, scatter.spans.view.expand(batch, -1, -1, -1, -1, -1), scatter.span_pages
     )
 
 

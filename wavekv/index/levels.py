@@ -1,5 +1,5 @@
 """From a query to pages over an index of two levels: which to read, and what the others contribute.
-Pure."""
+Pure; shared by the offload engine and `WaveIndex`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wavekv.index.retrieval import Logits
 from wavekv.index.statistics import page_statistics
 from wavekv.kernels import select, value_slope
 from wavekv.kernels.levels import estimate_levels, refine_levels, score_levels
@@ -18,6 +17,13 @@ BLOCK_PAGES = 16
 """Pages of a block, where segments have as many."""
 FINALISTS = 4
 """Both planes of the codes are read for one in so many of the candidates."""
+
+
+class Logits(NamedTuple):
+    """How a model makes logits of inner products."""
+
+    scale: float
+    softcap: float | None = None
 
 
 class LevelPages(NamedTuple):

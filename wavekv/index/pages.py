@@ -10,12 +10,10 @@ from wavekv.index.clustering import balanced_pages
 from wavekv.index.codec import KeyCodec
 from wavekv.index.codes import decode_means, encode_keys, encode_means
 from wavekv.index.params import BLOCK_PAGES
-from wavekv.index.statistics import page_statistics
+from wavekv.kernels.page_index import PageIndex, empty_index, pages_of_parts
 
 Parts = dict[str, Tensor]
 """Tensors [H, N, ...] by name, all of the same pages."""
-
-STATISTICS = ("mean", "variance", "value_mean")
 
 
 def empty_pages(like: Tensor, page_size: int, *, has_values: bool) -> Parts:
@@ -27,10 +25,7 @@ def empty_pages(like: Tensor, page_size: int, *, has_values: bool) -> Parts:
         "ids": like.new_empty(H, 0, page_size, dtype=torch.int32),
     }
     if has_values:
-        shapes = (H, 0, D), (H, 0), (H, 0, D)
-        # float32 for keys of any type: a mean has more bits than they have
-        made = (like.new_empty(shape, dtype=torch.float32) for shape in shapes)
-        parts |= dict(zip(STATISTICS, made, strict=True))
+        parts |= empty_index(like, page_size, BLOCK_PAGES)._asdict()
     return parts
 
 
@@ -45,21 +40,15 @@ def cluster(
 ) -> Parts:
     """The pages of one segment: keys [H, S, D] with ids from `start` on, and their values.
 
-    turn: [H, D, D], the map to the space to cluster in, or None. Values: page statistics for
-    attention come with them. Cost: see `balanced_pages`.
+    turn: [H, D, D], the map to the space to cluster in, or None. Cost: see `balanced_pages`.
     """
-    H, S, D = keys.shape
+    H, _, D = keys.shape
     near = keys if turn is None else torch.bmm(keys.float(), turn)
     order = balanced_pages(near, page_size, refine=refine)
     rows = order[..., None].expand(-1, -1, D)
     given = [keys] if values is None else [keys, values]
     pages = torch.stack([x.gather(1, rows).view(H, -1, page_size, D) for x in given], 2)
-    parts = {"pages": pages, "ids": (order + start).to(torch.int32).view(H, -1, page_size)}
-    if values is not None:
-        counts = torch.full((H, S // page_size), page_size, device=keys.device)
-        statistics = page_statistics(pages[:, :, 0], pages[:, :, 1], counts)
-        parts |= dict(zip(STATISTICS, statistics, strict=True))
-    return parts
+    return {"pages": pages, "ids": (order + start).to(torch.int32).view(H, -1, page_size)}
 
 
 def empty_codes(like: Tensor, page_size: int, code_dims: int) -> Parts:
@@ -110,6 +99,17 @@ def in_order(pages: Tensor, ids: Tensor, start: int) -> Tensor:
     return pages.permute(2, 0, 1, 3, 4).reshape(V, H, n * P, D).gather(2, rows)
 
 
+_OF_BLOCKS = {
+    "mean_codes",
+    *(
+        name
+        for name, every in zip(PageIndex._fields, pages_of_parts(BLOCK_PAGES), strict=True)
+        if every > 1
+    ),
+}
+"""Parts with a row for each block of pages."""
+
+
 class PageStore:
     """Growing parts, all of the same pages."""
 
@@ -132,19 +132,19 @@ class PageStore:
     @property
     def num_pages(self) -> int:
         """Pages N of each head."""
-        return next(x for name, x in self._views.items() if name != "mean_codes").shape[1]
+        return next(x for name, x in self._views.items() if name not in _OF_BLOCKS).shape[1]
 
     def reserve(self, first: int, segments: list[Parts]) -> None:
         """Make room for `replace`, which then cannot fail."""
         for name, part in self._parts.items():
             rows = sum(segment[name].shape[1] for segment in segments)
-            part.reserve(_rows(name, first) + rows)
+            part.reserve(rows_of(name, first) + rows)
 
     def replace(self, first: int, segments: list[Parts]) -> None:
         """Put the pages of `segments` where those from `first` on were."""
         self.reserve(first, segments)
         for name, part in self._parts.items():
-            part.truncate(_rows(name, first))
+            part.truncate(rows_of(name, first))
             for segment in segments:
                 part.append(segment[name])
         self._views = self._make_views()
@@ -154,5 +154,6 @@ class PageStore:
         return {name: part.view for name, part in self._parts.items()}
 
 
-def _rows(name: str, pages: int) -> int:
-    return pages // BLOCK_PAGES if name == "mean_codes" else pages
+def rows_of(name: str, num_pages: int) -> int:
+    """Rows of a part for so many pages."""
+    return num_pages // BLOCK_PAGES if name in _OF_BLOCKS else num_pages

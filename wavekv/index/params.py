@@ -16,8 +16,8 @@ class IndexParams:
     """How keys are clustered and coded. A wrong value is a ConfigError."""
 
     page_size: int = 16
-    """Keys in a page, a power of two from 1 to 256. Smaller pages reach a recall with fewer keys
-    scanned, but there are more of them to rank and to keep."""
+    """Keys in a page, a power of two from 1 to 256, of keys with values to 128. Smaller pages reach
+    a recall with fewer keys scanned, but there are more of them to rank and to keep."""
     segment: int = 2048
     """Keys that are clustered at once: `page_size` times a power of two, at least 16 pages. Keys
     that come together are often alike, so longer segments find no better pages, and take longer."""
@@ -64,6 +64,17 @@ class IndexParams:
             raise ConfigError(
                 f"code_dims must be at most {-(-dim // 8) * 8} for keys of {dim} dimensions, "
                 f"got {self.code_dims}"
+            )
+
+    def expect_values(self) -> None:
+        """Keys may have values: statistics for attention keep the count of a page in a byte.
+
+        Raises:
+            ConfigError: `page_size` is 256.
+        """
+        if self.page_size > 128:
+            raise ConfigError(
+                f"page_size must be at most 128 for keys with values, got {self.page_size}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,10 +14,11 @@ _TOKENS_PER_DIM = 16
 """The least tokens of a span for each dimension: more than the fit needs, and a bound on memory."""
 
 
-def pages_of_span(segment: int, page_size: int, head_dim: int) -> int:
-    """Pages of a span: a segment's, so that the scatter follows where the text goes, but never so
-    few that its 4 D^2 bytes exceed a sixteenth of those of bfloat16 pages."""
-    return max(segment, _TOKENS_PER_DIM * head_dim) // page_size
+def pages_of_span(segment: int, page_size: int, head_dim: int, block_pages: int) -> int:
+    """Pages of a span, whole blocks: a segment's, so that the scatter follows where the text goes,
+    but never so few that its 4 D^2 bytes exceed a sixteenth of those of bfloat16 pages."""
+    block = block_pages * page_size
+    return -(-max(segment, _TOKENS_PER_DIM * head_dim) // block) * block_pages
 
 
 class SpanScatter:

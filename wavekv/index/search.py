@@ -107,7 +107,7 @@ def _choose_by_mass(
 
 
 def _log_mass(means: Tensor, deviation: Tensor, page_size: int, scale: float) -> Tensor:
-    """`wavekv.kernels.score` for full pages whose keys are spread alike in all directions."""
+    """`score_levels` for full pages whose keys are spread alike in all directions."""
     log_size = math.log(page_size)
     spread = scale * deviation
     frozen = math.sqrt(2 * log_size) * spread - log_size

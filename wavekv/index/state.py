@@ -15,11 +15,14 @@ from wavekv.index.pages import (
     empty_pages,
     encode,
     in_order,
+    rows_of,
 )
 from wavekv.index.params import BLOCK_PAGES, IndexParams
-from wavekv.index.scatter import SpanScatter, add_rounded, pages_of_span, scatter_by_span
+from wavekv.index.scatter import SpanScatter, add_rounded, pages_of_span
 from wavekv.index.segments import cut_segments
+from wavekv.index.units import scatter_of, summary_of, units_of
 from wavekv.kernels import SearchParts, checked
+from wavekv.kernels.page_index import PageIndex
 
 Expected = dict[str, tuple[torch.dtype, list[int]]]
 """Type and shape of tensors by name."""
@@ -48,10 +51,12 @@ class IndexState:
         keys of the one head are [N, D]. metric: [H, D, D] as from `query_metric`, or None.
 
         Raises:
-            ConfigError: more `code_dims` than D.
+            ConfigError: more `code_dims` than D, or pages too large for values.
         """
         H, _, D = like.shape
         params.expect_dim(D)
+        if has_values:
+            params.expect_values()
         self.params, self.metric = params, metric
         self.is_flat, self.has_values = is_flat, has_values
         self.pages = PageStore(empty_pages(like, params.page_size, has_values=has_values))
@@ -61,12 +66,15 @@ class IndexState:
         self.codec: KeyCodec | None = None
         """None while there is no page."""
         self.scatter = SpanScatter(like[None], self.span_pages) if has_values else None
+        self.units = like.new_ones(H, 2, dtype=torch.float32)
+        """[H, 2] of keys and of values, in which statistics for attention are kept."""
         self._search_parts: SearchParts | None = None
 
     @property
     def span_pages(self) -> int:
         """Pages of a span."""
-        return pages_of_span(self.params.segment, self.params.page_size, self.tail.shape[3])
+        P, D = self.params.page_size, self.tail.shape[3]
+        return pages_of_span(self.params.segment, P, D, BLOCK_PAGES)
 
     @property
     def num_keys(self) -> int:
@@ -90,14 +98,15 @@ class IndexState:
         start = sum(after[:kept])
         first = start // self.params.page_size
         rest = torch.cat([self._held_from(first), new], 2)[:, :, : num_keys - start]
-        clustered = self._cluster(rest, after[kept:], start)
+        units = self.units if kept else self._units_of(rest, after)
+        clustered = self._cluster(rest, after[kept:], start, units)
         tail = rest[:, :, sum(after[kept:]) :].clone()
         codec = self.codec
         if kept < self._num_trained(after) or self._num_trained(before) != self._num_trained(after):
             codec = self._train(after, kept, clustered)
         codes = self.codes if codec is self.codec else self._encode_kept(first, codec)
         coded = [] if codec is None else [encode(s["pages"][:, :, 0], codec) for s in clustered]
-        scatters, cut = self._scatters(first, clustered), self._scatter_before(after[:kept])
+        scatters, cut = self._scatters(first, clustered, units), self._scatter_before(after[:kept])
         # the last that can fail for want of memory
         self.pages.reserve(first, clustered)
         codes.reserve(first, coded)
@@ -109,7 +118,7 @@ class IndexState:
             self.scatter.truncate(first, cut)
             for page, scatter in scatters:
                 self.scatter.add(page, scatter)
-        self.tail, self.codec, self.codes = tail, codec, codes
+        self.tail, self.codec, self.codes, self.units = tail, codec, codes, units
         self._search_parts = None
 
     @property
@@ -135,6 +144,12 @@ class IndexState:
         return self._search_parts
 
     @property
+    def page_index(self) -> PageIndex:
+        """[H, N, ...] what attention ranks and estimates pages by, in `units`: views, valid until
+        the next change. Only with values."""
+        return PageIndex._make(self.pages[name] for name in PageIndex._fields)
+
+    @property
     def code_dims(self) -> int:
         """Directions that keys have codes of."""
         return 8 * self.codes["codes"].shape[2]
@@ -147,7 +162,7 @@ class IndexState:
         if self.codec is not None:
             held |= {name: getattr(self.codec, name) for name in _MAPS}
         if self.scatter is not None:
-            held["scatter"] = self.scatter.spans.view
+            held |= {"scatter": self.scatter.spans.view, "units": self.units}
         return held
 
     def expected_parts(self, num_keys: int, code_dims: int) -> Expected:
@@ -157,8 +172,7 @@ class IndexState:
         num_pages = sealed // self.params.page_size
         expected = {}
         for name, part in {**self.pages.views(), **self.codes.views()}.items():
-            rows = num_pages // BLOCK_PAGES if name == "mean_codes" else num_pages
-            expected[name] = part.dtype, [H, rows, *part.shape[2:]]
+            expected[name] = part.dtype, [H, rows_of(name, num_pages), *part.shape[2:]]
         expected["codes"][1][2] = code_dims // 8
         expected["tail"] = self.tail.dtype, [H, V, num_keys - sealed, D]
         if self.metric is not None:
@@ -169,6 +183,7 @@ class IndexState:
         if self.scatter is not None:
             spans = -(-num_pages // self.span_pages)
             expected["scatter"] = torch.bfloat16, [1, H, spans, 2, D, D]
+            expected["units"] = torch.float32, [H, 2]
         return expected
 
     def restore(self, tensors: Parts) -> None:
@@ -181,6 +196,7 @@ class IndexState:
             self.codec = KeyCodec(centre, forward, backward, self.code_dims)
         if self.scatter is not None:
             self.scatter.spans = GrowingTensor.holding(tensors["scatter"], dim=2)
+            self.units = tensors["units"]
 
     def _num_trained(self, lengths: list[int]) -> int:
         """How many of these segments a codec is trained on: of the full ones the largest power of
@@ -188,7 +204,15 @@ class IndexState:
         full = lengths.count(self.params.segment)
         return 1 << full.bit_length() - 1 if full else min(1, len(lengths))
 
-    def _cluster(self, tokens: Tensor, lengths: list[int], start: int) -> list[Parts]:
+    def _units_of(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        """The units of an index of such tokens [H, 1 or 2, S, D]."""
+        if not lengths or not self.has_values:
+            return torch.ones_like(self.units)
+        return units_of(tokens[:, :, : lengths[0]])
+
+    def _cluster(
+        self, tokens: Tensor, lengths: list[int], start: int, units: Tensor
+    ) -> list[Parts]:
         """The segments of so many of the keys and values [H, 1 or 2, S, D], with ids from
         `start`."""
         turn = None if self.metric is None else clustering_map(self.metric)
@@ -198,6 +222,8 @@ class IndexState:
             given = values[0] if values else None
             size, refine = self.params.page_size, self.params.refine
             pages = cluster(keys, given, turn, size, refine=refine, start=start + done)
+            if self.has_values:
+                pages |= summary_of(pages["pages"], units)
             segments.append(pages)
             done += length
         return segments
@@ -245,24 +271,19 @@ class IndexState:
             after = page + length // self.params.page_size
             if after > begin:
                 pages = self.pages["pages"][:, max(page, begin) : after]
-                add_rounded(total, self._scatter_of(pages, 0)[:, :, 0])
+                add_rounded(total, scatter_of(pages, self.units, 0, self.span_pages)[:, :, 0])
             page = after
         return total
 
-    def _scatters(self, first: int, segments: list[Parts]) -> list[tuple[int, Tensor]]:
+    def _scatters(
+        self, first: int, segments: list[Parts], units: Tensor
+    ) -> list[tuple[int, Tensor]]:
         """Of each segment its first page and the scatter [1, H, m, 2, D, D] of spans it touches."""
         if self.scatter is None:
             return []
         scatters = []
         for segment in segments:
-            scatters.append((first, self._scatter_of(segment["pages"], first)))
+            of_segment = scatter_of(segment["pages"], units, first, self.span_pages)
+            scatters.append((first, of_segment))
             first += segment["ids"].shape[1]
         return scatters
-
-    def _scatter_of(self, pages: Tensor, first: int) -> Tensor:
-        counts = torch.full(pages.shape[:2], pages.shape[3], device=pages.device)
-        keys, values = pages.unbind(2)
-        scatter = scatter_by_span(
-            keys, values, counts, first_page=first, span_pages=self.span_pages
-        )
-        return scatter[None]

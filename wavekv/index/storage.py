@@ -29,13 +29,20 @@ from wavekv.errors import IndexFormatError, InputError
 from wavekv.index.params import IndexParams
 from wavekv.index.state import Expected, IndexState
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MAGIC = b"WAVEKVIX"
 _PREAMBLE = struct.Struct("<8sIQQI")
 _ALIGNMENT = 4096
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.uint8)
+    for dtype in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int32,
+        torch.int8,
+        torch.uint8,
+    )
 }
 
 

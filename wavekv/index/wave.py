@@ -30,9 +30,10 @@ class WaveIndex:
 
     Memory beside the keys, bytes for each: `code_dims / 2 + 1 + 4 / P` of codes, `(D + 8) / P + 4`
     of means and ids, for pages of P; 78 at D = 128 and the defaults. With values, `attend` needs
-    `(8 D + 4) / P` bytes more, and `8 D**2 / max(segment, 16 D)`. Building holds a few copies of
-    what is added at a time. A build is linear in N; an append that fills a segment clusters its
-    keys again, up to `log2(segment / (16 P))` times each.
+    `3 D / 8 + 1 + (27 D / 32 + 4.5) / P` bytes more, and `4 D**2 / max(segment, 16 D)`; 88 at
+    D = 128 and the defaults. Building holds a few copies of what is added at a time. A build is
+    linear in N; an append that fills a segment clusters its keys again, up to
+    `log2(segment / (16 P))` times each.
     """
 
     def __init__(self, state: IndexState, *, is_read_only: bool = False) -> None:
@@ -63,7 +64,8 @@ class WaveIndex:
         Raises:
             InputError: shapes that do not fit, or numbers that are not finite.
             DtypeError: another type.
-            ConfigError: more `code_dims` than the keys have dimensions.
+            ConfigError: more `code_dims` than the keys have dimensions, or pages of more than 128
+                keys with values.
         """
         params, has_values = params or IndexParams(), values is not None
         index = cls(empty_state_for(keys, query_sample, params, has_values=has_values))
@@ -159,8 +161,8 @@ class WaveIndex:
     ) -> AttendResult:
         """Softmax attention over all keys: exact over the best pages, estimated over the others.
 
-        Pages are ranked by their statistics, the best 32 budgets of them again by the codes of
-        their keys.
+        Pages are ranked by their statistics, the best 32 budgets of them again by two bits a
+        dimension of their keys, and the best 8 budgets of those by three.
 
         Args:
             queries: [H, Q, D], or [Q, D] if the keys were [N, D].

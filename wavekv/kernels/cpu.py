@@ -15,16 +15,13 @@ from torch import Tensor
 
 from wavekv.kernels import (
     cpu_dense,
-    cpu_estimate,
     cpu_merge,
     cpu_pages,
     cpu_project,
-    cpu_refine,
-    cpu_score,
     cpu_search,
     cpu_select,
 )
-from wavekv.kernels.cpu_launch import DTYPE_CODES, NO_VIEW, float32, launch, splits, view
+from wavekv.kernels.cpu_launch import DTYPE_CODES, float32, launch, splits, view
 from wavekv.kernels.cpu_math import FLOAT32
 
 if TYPE_CHECKING:
@@ -36,64 +33,6 @@ _SELECT_ROWS = 16
 
 # States of fewer floats than this are merged on the calling thread.
 _MERGE_SERIAL = 1 << 16
-
-
-def score(
-    query: Tensor,
-    mean: Tensor,
-    variance: Tensor | None,
-    counts: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, pages, width = mean.shape
-    query = float32(query)
-    log_mass, shift = (torch.empty(batch, query.shape[1], pages) for _ in range(2))
-    launch(
-        cpu_score.score,
-        batch * kv_heads * pages,
-        *(batch, kv_heads, splits(batch * kv_heads, pages), query.shape[1] // kv_heads),
-        *(width, pages, query.data_ptr(), view(mean)),
-        *(NO_VIEW if variance is None else view(variance), view(counts)),
-        *(np.float32(scale), np.float32(softcap or 0.0), log_mass.data_ptr(), shift.data_ptr()),
-    )
-    return log_mass, shift
-
-
-def refine(
-    query: Tensor,
-    code_query: Tensor,
-    log_mass: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
-    page_scale: Tensor,
-    counts: Tensor,
-    candidates: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, pages, width = mean.shape
-    page_size, num_candidates = code_scale.shape[3], candidates.shape[2]
-    query, code_query = float32(query), float32(code_query)
-    candidates = candidates.contiguous()
-    refined, shifted = (
-        x.float().clone(memory_format=torch.contiguous_format) for x in (log_mass, shift)
-    )
-    launch(
-        cpu_refine.refine,
-        batch * kv_heads * num_candidates * page_size,
-        *(batch, kv_heads, splits(batch * kv_heads, num_candidates * page_size)),
-        *(query.shape[1] // kv_heads, width, code_query.shape[2], page_size, pages),
-        *(num_candidates, query.data_ptr(), code_query.data_ptr()),
-        *(view(mean), view(codes), view(code_scale), view(page_scale), view(counts)),
-        *(candidates.data_ptr(), np.float32(scale), np.float32(softcap or 0.0)),
-        *(refined.data_ptr(), shifted.data_ptr()),
-    )
-    return refined, shifted
 
 
 def select(
@@ -173,32 +112,6 @@ def attend_dense(
         *(width, tokens, query.data_ptr(), view(keys), view(values)),
         *(0 if valid is None else valid.data_ptr(), np.float32(scale), np.float32(softcap or 0.0)),
         *(out.data_ptr(), lse.data_ptr()),
-    )
-    return out, lse
-
-
-def estimate(
-    log_mass: Tensor,
-    value_mean: Tensor,
-    selected: Tensor,
-    shift: Tensor | None = None,
-    slope: Tensor | None = None,
-    *,
-    span_pages: int = 1,
-) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, pages, width = value_mean.shape
-    log_mass, selected = float32(log_mass), selected.contiguous()
-    # named, so that they live as long as the kernel reads at their addresses
-    lean = () if shift is None or slope is None else (float32(shift), slope.contiguous())
-    heads = log_mass.shape[1]
-    out, lse = torch.empty(batch, heads, width), torch.empty(batch, heads)
-    launch(
-        cpu_estimate.estimate,
-        batch * kv_heads * pages,
-        *(batch, kv_heads, splits(batch * kv_heads, pages), heads // kv_heads, width, pages),
-        *(log_mass.data_ptr(), view(value_mean), selected.data_ptr(), selected.shape[2]),
-        *(tuple(tensor.data_ptr() for tensor in lean) or (0, 0)),
-        *(span_pages, out.data_ptr(), lse.data_ptr()),
     )
     return out, lse
 

@@ -32,7 +32,7 @@ def _add_nibbles(packed: Any, middle: Any, weights: Any, row: Any, acc: Any) -> 
     half, width = packed.size, row.size
     for d in range(half):
         row[d] = np.float32(np.int32(packed[d] & np.uint8(15))) - middle
-    for d in range(half):
+    for d in range(width - half):
         row[half + d] = np.float32(np.int32(packed[d] >> np.uint8(4))) - middle
     for g in range(weights.size):
         w, a = weights[g], acc[g]
@@ -136,7 +136,7 @@ def estimate(
     peak = np.full((tasks, group), NEG_INF, np.float32)
     total = np.zeros((tasks, group), np.float32)
     acc = np.zeros((tasks, 2, group, width), np.float32)
-    at_once = max(1, _PAGES // block_pages)
+    at_once, half = max(1, _PAGES // block_pages), (width + 1) // 2
     for index in prange(tasks):
         task: Any = np.int64(index)  # prange counts unsigned, which would mix into floats
         head, split = task // splits, task % splits
@@ -161,14 +161,14 @@ def estimate(
                     for t in range(k * block_pages, (k + 1) * block_pages):
                         mass[g] += weights[g, t]
                     mass[g] *= unit
-                packed = carray(uint8_at(offset(block_value, b, h, block + k)), (width // 2,))
+                packed = carray(uint8_at(offset(block_value, b, h, block + k)), (half,))
                 _add_nibbles(packed, np.float32(8.0), mass, row, state[0])
             for t in range(n):
                 if status[head, first + t] == _REFINED:
                     byte = carray(uint8_at(offset(value_step, b, h, first + t)), (1,))[0]
                     for g in range(group):
                         mass[g] = weights[g, t] * steps[byte]
-                    packed = carray(uint8_at(offset(value, b, h, first + t)), (width // 2,))
+                    packed = carray(uint8_at(offset(value, b, h, first + t)), (half,))
                     _add_nibbles(packed, np.float32(7.5), mass, row, state[1])
             if slope:
                 for g in range(group):

@@ -23,6 +23,7 @@ def _attend_list(
     chunk_pages: int,
     page_size: int,
     dtype: int,
+    bits: Any,
     page_bytes: int,
     page_ids: Any,
     counts: Any,
@@ -33,66 +34,19 @@ def _attend_list(
 ) -> bool:
     """Attend to page_ids [n]; False where an id or a count lies outside what the chunks hold."""
     width = acc.shape[1]
-    row_bytes = width * (4 if dtype == FLOAT32 else 2)
+    is_coded = bits[0] > 0
+    row_type = FLOAT32 if is_coded else dtype
+    row_bytes = width * (4 if row_type == FLOAT32 else 2)
     keys = np.empty(BLOCK, np.int64)
     values = np.empty(BLOCK, np.int64)
     logits = np.empty((acc.shape[0], BLOCK), np.float32)
     scratch = np.empty((UNROLL, width), np.float32)
-    filled = 0
-    for m in range(page_ids.size):
-        page, count = page_ids[m], counts[m]
-        if page < 0:
-            continue
-        if page >= chunks.size * chunk_pages or count < 0 or count > page_size:
-            return False
-        row = chunks[page // chunk_pages] + (page % chunk_pages) * page_bytes
-        for _ in range(count):
-            keys[filled] = row
-            values[filled] = row + page_size * row_bytes
-            row += row_bytes
-            filled += 1
-            if filled == BLOCK:
-                # fmt: off
-                attend_block(query, keys, values, filled, dtype, dtype, softcap, logits, scratch,
-                             peak, total, acc)
-                # fmt: on
-                filled = 0
-    attend_block(
-        query, keys, values, filled, dtype, dtype, softcap, logits, scratch, peak, total, acc
-    )
-    return True
-
-
-@njit(fastmath=FASTMATH, nogil=True, cache=True)
-def _attend_coded_list(
-    query: Any,
-    chunks: Any,
-    chunk_pages: int,
-    page_size: int,
-    bits: Any,
-    page_bytes: int,
-    page_ids: Any,
-    counts: Any,
-    softcap: Any,
-    peak: Any,
-    total: Any,
-    acc: Any,
-) -> bool:
-    """`_attend_list` where numbers of keys and values have `bits` [2]."""
-    width = acc.shape[1]
-    tokens = np.empty((2, BLOCK, width), np.float32)
-    keys = np.empty(BLOCK, np.int64)
-    values = np.empty(BLOCK, np.int64)
-    for t in range(BLOCK):
-        keys[t] = tokens.ctypes.data + t * width * 4
-        values[t] = keys[t] + BLOCK * width * 4
-    rows = np.empty(2, np.int64)
-    for half in range(2):
-        rows[half] = (page_size * bits[half] + 7) // 8
-    offset = np.empty((2, width), np.float32)
-    step = np.empty((2, width), np.float32)
-    logits = np.empty((acc.shape[0], BLOCK), np.float32)
-    scratch = np.empty((UNROLL, width), np.float32)
+    # of pages of small integers: a block of rows, and what codes of the page at hand stand for
+    tokens = np.empty((2, BLOCK if is_coded else 0, width), np.float32)
+    offset, step = np.empty((2, width), np.float32), np.empty((2, width), np.float32)
+    rows = (page_size * bits + 7) // 8
+    for t in range(tokens.shape[1]):
+        keys[t], values[t] = tokens[0, t].ctypes.data, tokens[1, t].ctypes.data
     filled = 0
     for m in range(page_ids.size):
         page, count = page_ids[m], counts[m]
@@ -101,22 +55,30 @@ def _attend_coded_list(
         if page >= chunks.size * chunk_pages or count < 0 or count > page_size:
             return False
         at = chunks[page // chunk_pages] + (page % chunk_pages) * page_bytes
-        open_page(at, rows, offset, step)
         key_codes = at + UNIT_BYTES
         value_codes = key_codes + (rows[0] + 2) * width
+        if is_coded:
+            open_page(at, rows, offset, step)
         for t in range(count):
-            # fmt: off
-            decode_row(key_codes, rows[0], bits[0], t, offset[0], step[0], tokens[0, filled])
-            decode_row(value_codes, rows[1], bits[1], t, offset[1], step[1], tokens[1, filled])
+            if is_coded:
+                # fmt: off
+                decode_row(key_codes, rows[0], bits[0], t, offset[0], step[0], tokens[0, filled])
+                decode_row(value_codes, rows[1], bits[1], t, offset[1], step[1], tokens[1, filled])
+                # fmt: on
+            else:
+                keys[filled] = at + t * row_bytes
+                values[filled] = at + (page_size + t) * row_bytes
             filled += 1
             if filled == BLOCK:
-                attend_block(query, keys, values, filled, FLOAT32, FLOAT32, softcap, logits,
+                # fmt: off
+                attend_block(query, keys, values, filled, row_type, row_type, softcap, logits,
                              scratch, peak, total, acc)
+                # fmt: on
                 filled = 0
-            # fmt: on
-    attend_block(
-        query, keys, values, filled, FLOAT32, FLOAT32, softcap, logits, scratch, peak, total, acc
-    )
+    # fmt: off
+    attend_block(query, keys, values, filled, row_type, row_type, softcap, logits, scratch, peak,
+                 total, acc)
+    # fmt: on
     return True
 
 
@@ -160,12 +122,8 @@ def attend_pages(
         ids = carray(int64_at(page_ids + start * 8), (last - first,))
         held = carray(int32_at(counts + start * 4), (last - first,))
         # fmt: off
-        if bits[0] > 0:
-            ok[task] = _attend_coded_list(scaled, chunks, chunk_pages, page_size, bits, page_bytes,
-                                          ids, held, softcap, peak[task], total[task], acc[task])
-        else:
-            ok[task] = _attend_list(scaled, chunks, chunk_pages, page_size, dtype, page_bytes,
-                                    ids, held, softcap, peak[task], total[task], acc[task])
+        ok[task] = _attend_list(scaled, chunks, chunk_pages, page_size, dtype, bits, page_bytes,
+                                ids, held, softcap, peak[task], total[task], acc[task])
         # fmt: on
     join_splits(splits, peak, total, acc, out, lse)
     return bool(ok.all())

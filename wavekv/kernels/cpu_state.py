@@ -82,7 +82,7 @@ def _add_values(weights: Any, addresses: Any, n: int, dtype: int, acc: Any, scra
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)
-def absorb(
+def _absorb(
     logits: Any, values: Any, n: int, dtype: int, peak: Any, total: Any, acc: Any, scratch: Any
 ) -> None:
     """Add n value rows with base-2 logits [G, :n] to the running state. Overwrites logits."""
@@ -129,7 +129,7 @@ def attend_block(
 ) -> None:
     """Add the n key and value rows at these addresses to the running state."""
     _dot_rows(query, keys, n, key_dtype, softcap, logits, scratch)
-    absorb(logits, values, n, value_dtype, peak, total, acc, scratch)
+    _absorb(logits, values, n, value_dtype, peak, total, acc, scratch)
 
 
 @njit(fastmath=FASTMATH, nogil=True, cache=True)

@@ -41,12 +41,27 @@ def score_levels(
     softcap: float | None = None,
     use_variance: bool = True,
 ) -> Scores:
-    """The mass and shift of every page from its statistics: see `wavekv.kernels.score`.
+    """Estimate each page's softmax mass from its statistics: log of the sum of exp(logit).
+
+    A page of n keys has log mass log n + x + c. x is the logit of the mean key, soft-capped where
+    the model does so; c is the log of the mean of exp(logit - x). The variance of the logits is
+    s = |q|^2 * variance, q scaled, as if keys varied alike in all directions (by the delta method
+    under a soft cap). Gaussian keys have c = s / 2. But n samples cannot realise that mean once s >
+    2 log n: there the largest of them carries the sum and c = sqrt(2 log n * s) - log n, the
+    freezing of the random energy model (Derrida, Phys. Rev. B 24, 2613, 1981). The branches meet
+    with one slope, and a page of one key has c = 0. Without variance c = 0, which is the estimate
+    of RetroInfer (VLDB 19(5), section 4.2).
+
+    The shift of a page is how far the mean logit of its keys rises when they are weighted by their
+    mass: s for Gaussian keys, sqrt(2 log n * s) where c is frozen (the derivative of c by the
+    query's length), 0 without variance. Under a soft cap it is that of the logits before the cap:
+    the above over the cap's derivative. `estimate_levels` needs it for the values.
 
     The mean key of a page is that of its block plus its own mixed residual. For residuals, here and
     in `refine_levels`, the mixed query is rounded to int8: an error of at most 1/254 of its largest
     component. query: [B, Hq, D] floats. index: of R = [B, Hkv] rows, each part contiguous but for
-    these.
+    these. scale multiplies the logits, then softcap bends them to softcap * tanh(logit / softcap).
+    Where counts is 0, log mass and shift are -inf and 0, whatever the rest.
     """
     _check_index(index)
     B, Hkv, _, D = index.block_mean.shape
@@ -103,10 +118,15 @@ def estimate_levels(
     *,
     span_pages: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the attention over the pages that were not selected: see `wavekv.kernels.estimate`.
+    """Estimate the attention over the pages that were not selected, from their statistics.
 
-    A refined page stands for its tokens with its own mean value; for every other page that of its
-    block does. index: the one that was scored. selected, refined: [B, Hkv, any] int64 pages in any
+    A page stands for its tokens with a mean value, weighted by its estimated mass: the estimation
+    zone of RetroInfer (VLDB 19(5), section 4.2). It is its own mean value where the page was
+    refined, else that of its block. With shift and slope the value is the mean plus shift * slope:
+    attention leans towards the keys of a page that fit the query, and their values differ from the
+    mean as values go with keys.
+
+    index: the one that was scored. selected, refined: [B, Hkv, any] int64 pages in any
     order, -1 for nothing, twice allowed. shift: [B, Hq, N] as from `score_levels`. slope: [B, Hq,
     S, D] as from `value_slope`; page n belongs to span n // span_pages, of whole blocks.
     Returns the state: out [B, Hq, D], lse [B, Hq], float32.
@@ -152,14 +172,14 @@ def _check_index(index: PageIndex) -> None:
         "variance": page,
         "mean": (blocks, num_words(D, MEAN_BITS), K, 4),
         "mean_step": page,
-        "value": (N, D // 2),
+        "value": (N, -(-D // 2)),
         "value_step": page,
         "high": (N, high, P, 4),
         "low": (N, low, P, 4),
         "key_step": (N, P),
         "block_mean": (blocks, D),
         "block_mean_scale": block,
-        "block_value": (blocks, D // 2),
+        "block_value": (blocks, -(-D // 2)),
         "block_value_scale": block,
     }
     for (name, shape), part, dtype in zip(shapes.items(), index, DTYPES, strict=True):

@@ -43,6 +43,10 @@ def _levels(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     mantissa, exponent = torch.frexp(rows.abs().amax(-1))
     # no quotient and no power: devices round these in their own ways
     most = (2 ** (bits - 1) - 1) / 2 ** (bits - 1)
-    exponent = exponent - (bits - 1) + (mantissa > most).int()
-    scale = ((exponent.clamp(-120, 127) + 127) << 23).to(torch.int32).view(torch.float32)
+    scale = two_to(exponent - (bits - 1) + (mantissa > most).int())
     return (rows / scale.unsqueeze(-1)).round(), scale
+
+
+def two_to(exponent: Tensor) -> Tensor:
+    """2^exponent [...] float32, of int32; from 2^-120 to 2^127."""
+    return ((exponent.clamp(-120, 127) + 127) << 23).to(torch.int32).view(torch.float32)

@@ -50,7 +50,7 @@ class PageIndex(NamedTuple):
     mean_step: Tensor
     """[R, N] uint8"""
     value: Tensor
-    """[R, N, D / 2] uint8: mean values, 4 bits."""
+    """[R, N, D / 2] uint8: mean values, 4 bits; half an odd D is rounded up."""
     value_step: Tensor
     """[R, N] uint8"""
     high: Tensor
@@ -109,14 +109,14 @@ def empty_index(like: Tensor, page_size: int, block_pages: int) -> PageIndex:
         variance=new(),
         mean=new(num_words(D, MEAN_BITS), K, 4),
         mean_step=new(),
-        value=new(D // 2),
+        value=new(-(-D // 2)),
         value_step=new(),
         high=new(num_words(D, HIGH_BITS), P, 4),
         low=new(num_words(D, LOW_BITS), P, 4),
         key_step=new(P),
         block_mean=new(D, dtype=torch.int8),
         block_mean_scale=new(dtype=torch.float32),
-        block_value=new(D // 2),
+        block_value=new(-(-D // 2)),
         block_value_scale=new(dtype=torch.float32),
     )
 
@@ -179,7 +179,8 @@ def mean_codes(index: PageIndex, dim: int) -> Tensor:
 
 def value_codes(index: PageIndex) -> Tensor:
     """[R, N, D] float32: the mixed residuals of the mean values, in steps of each page."""
-    return centred(unpack_nibbles(index.value), PAGE_VALUE_BITS)
+    dim = index.block_mean.shape[-1]
+    return centred(unpack_nibbles(index.value, dim), PAGE_VALUE_BITS)
 
 
 def block_means(index: PageIndex) -> Tensor:

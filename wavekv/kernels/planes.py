@@ -123,12 +123,12 @@ def unpack_plane(plane: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """Codes [..., D] below 16, D even, as [..., D / 2] uint8: byte i holds dimension i in its low
-    and D / 2 + i in its high four bits."""
-    low, high = codes.chunk(2, -1)
+    """Codes [..., D] below 16 as [..., H] uint8, H being half of D rounded up: byte i holds
+    dimension i in its low and H + i in its high four bits."""
+    low, high = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).chunk(2, -1)
     return low | (high << 4)
 
 
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """The codes [..., D] uint8 that `pack_nibbles` was given."""
-    return torch.cat([packed & 15, packed >> 4], -1)
+def unpack_nibbles(packed: Tensor, dim: int) -> Tensor:
+    """The codes [..., dim] uint8 that `pack_nibbles` was given."""
+    return torch.cat([packed & 15, packed >> 4], -1)[..., :dim]

@@ -20,20 +20,6 @@ VALUE_RIDGE = 1e-2
 dimensions of the keys independent: it bounds the slope where keys hardly vary along a query."""
 
 
-def score(
-    query: Tensor,
-    mean: Tensor,
-    variance: Tensor | None,
-    counts: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    # [B, Hkv, G, D]
-    q = by_group(query, mean.shape[1]) * scale
-    return by_moments(q @ mean.float().mT, q.square().sum(-1), variance, counts, softcap)
-
-
 def by_moments(
     x: Tensor,
     query_square: Tensor,
@@ -64,57 +50,6 @@ def by_moments(
         log_mass.masked_fill(empty, -torch.inf).flatten(1, 2),
         shift.masked_fill(empty, 0.0).flatten(1, 2),
     )
-
-
-def refine(
-    query: Tensor,
-    code_query: Tensor,
-    log_mass: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    codes: Tensor,
-    code_scale: Tensor,
-    page_scale: Tensor,
-    counts: Tensor,
-    candidates: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    Hkv, P = code_scale.shape[1], code_scale.shape[3]
-    index = candidates.clamp(min=0)
-
-    def of_candidates(x: Tensor) -> Tensor:
-        shape = index.shape + (1,) * (x.dim() - 3)
-        return x.gather(2, index.view(shape).expand(*index.shape, *x.shape[3:]))
-
-    halves = torch.stack([of_candidates(codes) & 15, of_candidates(codes) >> 4], 3).float() - 8
-    # [B, Hkv, C, 2, W / 8, P, 4] -> [B, Hkv, C, P, D]
-    residual = halves.movedim(5, 3).flatten(4)[..., : code_query.shape[-1]]
-    step = of_candidates(page_scale).unsqueeze(-1) * of_candidates(code_scale) / 255
-    residual = residual * step.unsqueeze(-1)
-    q = by_group(query, Hkv) * scale
-    rounded = rounded_to_int8(by_group(code_query, Hkv) * scale)
-    # how far each key's logit lies from that of its page's mean
-    offset = torch.einsum("bhgd,bhcpd->bhgcp", rounded, residual)
-    count = of_candidates(counts)
-    held = (torch.arange(P, device=query.device) < count.unsqueeze(-1)).unsqueeze(2)
-    plain = offset.masked_fill(~held, 0.0).sum(-1) / count.clamp(min=1).unsqueeze(2)
-    offset = offset - plain.unsqueeze(-1)
-    logits = offset + torch.einsum("bhgd,bhcd->bhgc", q, of_candidates(mean).float()).unsqueeze(-1)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~held, -torch.inf)
-    refined = logits.logsumexp(-1), (logits.softmax(-1) * offset).masked_fill(~held, 0.0).sum(-1)
-    # -1 pads: a spare page takes what belongs to none
-    pages = log_mass.shape[-1]
-    slots = candidates.masked_fill(candidates < 0, pages).unsqueeze(2).expand_as(refined[0])
-
-    def replaced(x: Tensor, by: Tensor) -> Tensor:
-        target = torch.cat([by_group(x, Hkv), by.new_empty(*by.shape[:3], 1)], -1)
-        return target.scatter(3, slots, by)[..., :pages].flatten(1, 2)
-
-    return replaced(log_mass, refined[0]), replaced(shift, refined[1])
 
 
 def select(
@@ -198,34 +133,6 @@ def value_slope(query: Tensor, scatter: Tensor, *, scale: float) -> Tensor:
     return slope.permute(0, 1, 4, 2, 3).reshape(B, query.shape[1], S, D)
 
 
-def estimate(
-    log_mass: Tensor,
-    value_mean: Tensor,
-    selected: Tensor,
-    shift: Tensor | None = None,
-    slope: Tensor | None = None,
-    *,
-    span_pages: int = 1,
-) -> tuple[Tensor, Tensor]:
-    batch, kv_heads, pages, _ = value_mean.shape
-    # The column after the last page takes the -1 padding.
-    taken = torch.zeros(batch, kv_heads, pages + 1, dtype=torch.bool, device=log_mass.device)
-    taken.scatter_(2, selected.masked_fill(selected < 0, pages), True)
-    # [B, Hkv, G, N]
-    logits = by_group(log_mass, kv_heads)
-    logits = logits.masked_fill(taken[..., :pages].unsqueeze(2), -torch.inf)
-    weights, lse = softmax_weights(logits)
-    out = _weigh(weights, value_mean.float())
-    if shift is not None and slope is not None:
-        spans = slope.shape[2]
-        shifted = weights.flatten(1, 2) * shift.float()
-        shifted = torch.nn.functional.pad(shifted, (0, spans * span_pages - pages))
-        # [B, Hq, 1, S] of each span, times its slope
-        shifted = shifted.unflatten(-1, (spans, span_pages)).sum(-1).unsqueeze(2)
-        out = out + (shifted @ slope).squeeze(2)
-    return out, lse
-
-
 def project(x: Tensor, weight: Tensor) -> Tensor:
     b, n, D = x.shape
     # long blocks in strips: more parallel, and a sum does not depend on how many rows come along
@@ -267,13 +174,6 @@ def _attend(
         logits = softcap * torch.tanh(logits / softcap)
     weights, lse = softmax_weights(logits.masked_fill(~live.unsqueeze(2), -torch.inf))
     return _weigh(weights, values), lse
-
-
-def rounded_to_int8(query: Tensor) -> Tensor:
-    """query [..., D] as integers from -127 to 127 times a scale for each query."""
-    largest = query.abs().amax(-1, keepdim=True)
-    safe = largest.masked_fill(largest == 0, 1.0)
-    return (query / safe * 127).round() * (largest / 127)
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wavekv.kernels.reference import rounded_to_int8
-
 if TYPE_CHECKING:
     from wavekv.kernels.search import SearchParts
 
@@ -112,3 +110,10 @@ def _best(
     missing = (0, k - who.shape[2])
     padded = torch.nn.functional.pad(scores, missing, value=-torch.inf)
     return padded, torch.nn.functional.pad(who, missing, value=-1), (who >= 0).sum(2)
+
+
+def rounded_to_int8(query: Tensor) -> Tensor:
+    """query [..., D] as integers from -127 to 127 times a scale for each query."""
+    largest = query.abs().amax(-1, keepdim=True)
+    safe = largest.masked_fill(largest == 0, 1.0)
+    return (query / safe * 127).round() * (largest / 127)

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from wavekv.config import OffloadConfig
-from wavekv.index.levels import choose_of_levels, estimate_of_levels
-from wavekv.index.retrieval import Logits
+from wavekv.index.levels import Logits, choose_of_levels, estimate_of_levels
 from wavekv.kernels import attend_dense, attend_pages, merge_state
 from wavekv.kernels.block import attend_into
 from wavekv.offload.budget import page_limits

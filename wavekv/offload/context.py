@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wavekv.errors import LayoutError
-from wavekv.index.retrieval import Logits
+from wavekv.index.levels import Logits
 from wavekv.index.segments import cut_segments
 from wavekv.offload.attention import State, add_attention_sink, attend_chunk, attend_step
 from wavekv.offload.builder import BATCH_BYTES, SegmentBatch, build_segments

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from wavekv.errors import CapacityError
-from wavekv.index.levels import num_finalists
-from wavekv.index.retrieval import Logits
+from wavekv.index.levels import Logits, num_finalists
 from wavekv.kernels.step import (
     CANDIDATES,
     CLOCK,

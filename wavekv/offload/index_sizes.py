@@ -10,5 +10,4 @@ from wavekv.index.scatter import pages_of_span
 def index_sizes(config: OffloadConfig, head_dim: int) -> tuple[int, int]:
     """Pages of a span, a multiple of those of a block, and pages of a block."""
     K = block_pages(config.append_segment, config.page_size)
-    span = pages_of_span(config.segment, config.page_size, head_dim)
-    return -(-span // K) * K, K
+    return pages_of_span(config.segment, config.page_size, head_dim, K), K

@@ -1,5 +1,5 @@
 """From bytes of a page to numbers, and from the logit of its mean key to its log mass and shift:
-see `wavekv.kernels.planes` and `wavekv.kernels.score`."""
+see `wavekv.kernels.planes` and `wavekv.kernels.levels.score_levels`."""
 
 import triton
 import triton.language as tl

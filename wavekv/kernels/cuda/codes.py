@@ -183,3 +183,84 @@ def mean_products(
     s = tl.arange(0, SETS)
     is_own = s[:, None, None, None] == s[None, None, :, None]
     return tl.sum(tl.where(is_own, total, 0), 0)
+
+
+@triton.jit
+def load_pairs(
+    query,
+    SET: tl.constexpr,
+    SETS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    G: tl.constexpr,
+    WIDTH: tl.constexpr,
+    QUADS: tl.constexpr,
+):
+    GP: tl.constexpr = COLUMNS // SETS
+    word = 4 * tl.arange(0, QUADS)[:, None] + tl.arange(0, 4)[:, None, None, None, None]
+    column = tl.arange(0, COLUMNS)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[:, None, None]
+    d = 16 * word + tl.arange(0, 16) + warp * 0
+    head = column % GP
+    is_own = (column // GP == SET) & (head < G) & (16 * word < WIDTH)
+    x = tl.load(query + head * WIDTH + d, mask=is_own, other=0)
+    x = tl.reshape(x, [4, COLUMNS, WARPS, QUADS, 2, 2, 4])
+    x = tl.reshape(
+        tl.permute(x, (2, 3, 0, 4, 6, 1, 5)), [WARPS, 32 * QUADS, COLUMNS, 2]
+    )
+    return tl.split(x)
+
+
+@triton.jit
+def block_products(
+    plane,
+    last,
+    even,
+    odd,
+    SETS: tl.constexpr,
+    WARPS: tl.constexpr,
+    PAGES: tl.constexpr,
+    K: tl.constexpr,
+    WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Four times the products [PAGES, GP] of the queries with the mean keys of PAGES pages, as
+    floats 2^23 + 2^22 above them. Of the pages after the `last` they are anything."""
+    QUADS: tl.constexpr = even[0].shape[1] // 32
+    COLUMNS: tl.constexpr = even[0].shape[2]
+    # pages that one thread reads at once, and how often in a block and in a set
+    PART: tl.constexpr = K if K < 4 else 4
+    PARTS: tl.constexpr = K // PART
+    TIMES: tl.constexpr = PAGES // (PART * SETS * WARPS * 8)
+    word = 4 * tl.arange(0, QUADS)[:, None] + tl.arange(0, 4)[:, None, None, None, None, None]
+    lane = tl.arange(0, 8)[:, None, None, None, None]
+    warp, time = tl.arange(0, WARPS)[:, None, None, None], tl.arange(0, TIMES)[:, None, None]
+    if WORDS % 4 != 0:
+        word = tl.where(word < WORDS, word, 0)
+    planes = ()
+    for s in tl.static_range(SETS):
+        part = tl.minimum(((warp * SETS + s) * TIMES + time) * 8 + lane, last // PART)
+        at = part // PARTS * (WORDS * K * 4) + part % PARTS * (PART * 4)
+        planes += (tl.load(plane + at + word * (K * 4) + tl.arange(0, 4 * PART)),)
+    total = tl.zeros([WARPS, PART * TIMES * 8, COLUMNS], tl.int32)
+    for s in tl.static_range(SETS):
+        low, high = high_codes(planes[s], 0, ASM)
+        total = _add(low, high, even[s], total)
+    total = total * 4 + 0x4B400000
+    for s in tl.static_range(SETS):
+        low, high = high_codes(planes[s], 1, ASM)
+        total = _add(low, high, odd[s], total)
+    total = tl.reshape(total, [WARPS, TIMES, PART, 8, COLUMNS // 2, 2])
+    total = tl.permute(total, (4, 3, 0, 1, 5, 2))
+    return total.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _add(low, high, queries, total):
+    WARPS: tl.constexpr = low.shape[2]
+    TIMES: tl.constexpr = low.shape[3]
+    QUADS: tl.constexpr = low.shape[4]
+    PART: tl.constexpr = low.shape[5] // 4
+    x = tl.reshape(tl.join(low, high), [4, 8, WARPS, TIMES, QUADS, PART, 4, 2])
+    x = tl.reshape(tl.permute(x, (2, 3, 5, 1, 4, 0, 7, 6)), [WARPS, TIMES * PART * 8, 32 * QUADS])
+    return tl.dot(x, queries, total, out_dtype=tl.int32)

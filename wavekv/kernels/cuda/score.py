@@ -8,11 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from wavekv.kernels.cuda.in_use import pages_in_use
-from wavekv.kernels.cuda.launch import launch, uses_hardware
-from wavekv.kernels.cuda.moments import log_of, moments, root_of, step_of
+from wavekv.kernels.cuda.codes import COLUMNS, block_products, load_pairs
+from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
+from wavekv.kernels.cuda.moments import exp2_of, log_of, moments, root_of, step_of
 from wavekv.kernels.cuda.prepare import prepare
-from wavekv.kernels.cuda.products import HEADS, of_head, plane_products
-from wavekv.kernels.page_index import MEAN_BITS
 from wavekv.kernels.step import (
     ESTIMATED,
     SCORE_BLOCK,
@@ -22,54 +21,9 @@ from wavekv.kernels.step import (
     StepSteady,
 )
 
+_WARPS = 4
 _REGISTERS = 64
 """Of a thread at most: with more of them too few warps run at once to hide what a load takes."""
-
-
-@triton.jit
-def _score_head(
-    products,
-    head,
-    query_step,
-    query_square,
-    block_logits,
-    log_mass,
-    shift,
-    block_max,
-    block_sum,
-    n,
-    is_page,
-    b,
-    is_block,
-    step,
-    root,
-    log_count,
-    is_empty,
-    N,
-    blocks,
-    stat,
-    STRIDE: tl.constexpr,
-    softcap,
-    USE_VARIANCE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-):
-    """What one head makes of its products with the mean keys of pages [blocks, pages of one]."""
-    worth, shifted = tl.load(query_step + head * 2), tl.load(query_step + head * 2 + 1)
-    own = tl.load(block_logits + head * blocks + b, mask=is_block, other=0.0)
-    # codes stand for what they are above the middle one
-    x = own[:, None] + (products.to(tl.float32) - 1.5 * shifted) * (step * worth)
-    deviation = tl.sqrt(tl.load(query_square + head)) * root
-    mass, lean = moments(x, deviation, log_count, softcap, USE_VARIANCE, SOFTCAP)
-    mass = tl.where(is_empty, float("-inf"), mass)
-    lean = tl.where(is_empty, 0.0, lean)
-    tl.store(log_mass + head * N + n, mass, mask=is_page)
-    if SOFTCAP:
-        tl.store(shift + head * N + n, lean, mask=is_page)
-    both = mass + lean
-    largest = tl.max(tl.max(both, 1), 0)
-    safe = tl.where(largest == float("-inf"), 0.0, largest)
-    tl.store(block_max + head * STRIDE + stat, largest)
-    tl.store(block_sum + head * STRIDE + stat, tl.sum(tl.sum(tl.exp(both - safe), 1), 0))
 
 
 @triton.jit
@@ -79,7 +33,7 @@ def _score(
     variance,
     mean,
     mean_step,
-    query_words,
+    query_bytes,
     query_step,
     query_square,
     block_logits,
@@ -91,12 +45,14 @@ def _score(
     N,
     softcap,
     G: tl.constexpr,
-    HEADS: tl.constexpr,
     K: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    PAGES: tl.constexpr,
     WORDS: tl.constexpr,
-    W: tl.constexpr,
-    BITS: tl.constexpr,
+    QUADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SETS: tl.constexpr,
+    WARPS: tl.constexpr,
     STRIDE: tl.constexpr,
     USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -105,55 +61,63 @@ def _score(
 ):
     stat, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_pages = pages_in_use(counters, K)
-    if stat * (BLOCKS * K) < num_pages:
-        b = stat * BLOCKS + tl.arange(0, BLOCKS)
-        n = b[:, None] * K + tl.arange(0, K)[None, :]
-        is_block = b * K < num_pages
-        is_page = tl.broadcast_to(is_block[:, None], [BLOCKS, K])
+    GP: tl.constexpr = COLUMNS // SETS
+    if stat * PAGES < num_pages:
+        PART: tl.constexpr = K if K < 4 else 4
+        TIMES: tl.constexpr = PAGES // (PART * SETS * WARPS * 8)
+        pair = tl.arange(0, COLUMNS // 2)[:, None, None, None, None]
+        lane = tl.arange(0, 8)[:, None, None, None]
+        warp = tl.arange(0, WARPS)[:, None, None]
+        time = tl.arange(0, TIMES)[:, None]
+        part = ((warp * SETS + pair // (GP // 2)) * TIMES + time) * 8 + lane
+        first_page = stat * PAGES + part * PART
+        n = first_page[:, :, :, :, :, None] + tl.arange(0, PART)
+        is_page = n < num_pages
+        own_mean = mean + (row * N + stat * PAGES) * (WORDS * 4)
+        last = num_pages - 1 - stat * PAGES
         count = tl.load(counts + row * N + n, mask=is_page, other=0)
         step = step_of(tl.load(mean_step + row * N + n, mask=is_page, other=0), HARDWARE)
-        # what belongs to an empty page may be anything
-        step = tl.where(count == 0, 0.0, step)
         root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0), HARDWARE)
         log_count = log_of(count, HARDWARE)
-        # the words of a block's pages lie side by side
-        words = mean + row * N * WORDS + b[:, None] * (WORDS * K) + tl.arange(0, K)[None, :]
-        zero = tl.zeros([BLOCKS, K], tl.int32)
-        for first in tl.static_range(0, G, HEADS):
-            here = query_words + (row * G + first) * (W // 2)
-            p, q, r, s = plane_products(
-                *(words, K, is_page, here, zero, zero, zero, zero),
-                *(min(HEADS, G - first), WORDS, W, BITS, HARDWARE),
+        nothing = tl.where(count == 0, float("-inf"), log_count)
+        for first in tl.static_range(0, G, COLUMNS):
+            own_query = query_bytes + (row * G + first) * WIDTH
+            even, odd = (), ()
+            for s in tl.static_range(SETS):
+                x, y = load_pairs(own_query, s, SETS, COLUMNS, WARPS, G - first, WIDTH, QUADS)
+                even += (x,)  # type: ignore[assignment]
+                odd += (y,)  # type: ignore[assignment]
+            products = block_products(
+                *(own_mean, last, even, odd, SETS, WARPS, PAGES, K, WORDS, HARDWARE)
             )
-            for k in tl.static_range(min(HEADS, G - first)):
-                _score_head(
-                    of_head(p, q, r, s, k),
-                    row * G + first + k,
-                    query_step,
-                    query_square,
-                    block_logits,
-                    log_mass,
-                    shift,
-                    block_max,
-                    block_sum,
-                    n,
-                    is_page,
-                    b,
-                    is_block,
-                    step,
-                    root,
-                    log_count,
-                    count == 0,
-                    N,
-                    N // K,
-                    stat,
-                    STRIDE,
-                    softcap,
-                    USE_VARIANCE,
-                    SOFTCAP,
-                )
-        mark = tl.full([BLOCKS, K], MARK, tl.uint8)
-        tl.store(status + row * N + n, mark, mask=is_page)
+            g = first + 2 * (tl.arange(0, COLUMNS // 2) % (GP // 2))[:, None, None, None, None, None] + tl.arange(0, 2)[:, None]
+            head = row * G + g
+            worth = tl.load(query_step + head * 2, mask=g < G, other=0.0)
+            shifted = tl.load(query_step + head * 2 + 1, mask=g < G, other=0.0)
+            spread = tl.sqrt(tl.load(query_square + head, mask=g < G, other=0.0))
+            wanted = (g < G) & is_page
+            at = head * (N // K) + (first_page // K)[:, :, :, :, :, None]
+            own = tl.load(block_logits + at, mask=(first_page < num_pages)[:, :, :, :, :, None] & (g < G), other=0.0)
+            products -= 12582912.0 + 6.0 * shifted
+            x = own + products * (worth * 0.25) * step
+            deviation = spread * root
+            mass, lean = moments(x, deviation, log_count, softcap, USE_VARIANCE, SOFTCAP)
+            mass += nothing
+            at = head * N + n
+            tl.store(log_mass + at, mass, mask=wanted)
+            if SOFTCAP:
+                tl.store(shift + at, lean, mask=wanted)
+            both = mass + lean
+            both = tl.reshape(both, [SETS, GP // 2, 8, WARPS, TIMES, 2, PART])
+            both = tl.reshape(tl.permute(both, (0, 2, 3, 4, 6, 1, 5)), [PAGES, GP])
+            largest = tl.max(both, 0)
+            safe = tl.maximum(largest, -1e30)
+            g = first + tl.arange(0, GP)
+            head = row * G + g
+            tl.store(block_max + head * STRIDE + stat, largest, mask=g < G)
+            total = tl.sum(exp2_of((both - safe[None, :]) * 1.4426950408889634, HARDWARE), 0)
+            tl.store(block_sum + head * STRIDE + stat, total, mask=g < G)
+        tl.store(status + row * N + n, tl.full(n.shape, MARK, tl.uint8), mask=is_page)
 
 
 def score(
@@ -171,29 +135,32 @@ def score(
     `SCORE_BLOCK` pages; put the new token (if there is one) into the ring."""
     prepare(query, new_keys, new_values, new_valid, steady, pages, counters, scratch, shape)
     index, K = pages.summary, shape.block_pages
+    sets = COLUMNS // power_of_two(min(max(shape.group, 2), COLUMNS))
     options: dict[str, Any] = {
         "G": shape.group,
-        "HEADS": HEADS,
         "K": K,
-        "BLOCKS": SCORE_BLOCK // K,
+        "PAGES": SCORE_BLOCK,
         "WORDS": index.mean.shape[3],
-        "W": scratch.query_words.shape[2],
-        "BITS": MEAN_BITS,
+        "QUADS": power_of_two(-(-index.mean.shape[3] // 4)),
+        "WIDTH": 4 * scratch.query_words.shape[2],
+        "COLUMNS": COLUMNS,
+        "SETS": sets,
+        "WARPS": _WARPS,
         "STRIDE": scratch.block_max.shape[2],
         "USE_VARIANCE": shape.tail == "second",
         "SOFTCAP": shape.softcap is not None,
         "MARK": ESTIMATED,
         "HARDWARE": uses_hardware(query),
-        "num_warps": 4,
+        "num_warps": _WARPS,
         "maxnreg": _REGISTERS,
     }
     launch(
         _score,
         (triton.cdiv(shape.capacity, SCORE_BLOCK), shape.rows),
         *(counters, index.counts, index.variance),
-        *(index.mean.view(torch.int32), index.mean_step),
+        *(index.mean.view(torch.int8), index.mean_step),
         *(
-            scratch.query_words.view(torch.int64),
+            scratch.query_words.view(torch.int8),
             scratch.query_step,
             scratch.query_square,
             scratch.block_logits,

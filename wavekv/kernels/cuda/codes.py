@@ -188,6 +188,7 @@ def mean_products(
 @triton.jit
 def load_pairs(
     query,
+    ODD: tl.constexpr,
     SET: tl.constexpr,
     SETS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -197,18 +198,15 @@ def load_pairs(
     QUADS: tl.constexpr,
 ):
     GP: tl.constexpr = COLUMNS // SETS
-    word = 4 * tl.arange(0, QUADS)[:, None] + tl.arange(0, 4)[:, None, None, None, None]
-    column = tl.arange(0, COLUMNS)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[:, None, None]
-    d = 16 * word + tl.arange(0, 16) + warp * 0
+    word = 4 * tl.arange(0, QUADS)[:, None, None] + tl.arange(0, 4)[:, None, None, None, None, None]
+    column = tl.arange(0, COLUMNS)[:, None, None, None, None]
+    warp = tl.arange(0, WARPS)[:, None, None, None]
+    half = tl.arange(0, 2)[:, None]
+    d = 16 * word + 8 * half + 4 * ODD + tl.arange(0, 4) + warp * 0
     head = column % GP
     is_own = (column // GP == SET) & (head < G) & (16 * word < WIDTH)
     x = tl.load(query + head * WIDTH + d, mask=is_own, other=0)
-    x = tl.reshape(x, [4, COLUMNS, WARPS, QUADS, 2, 2, 4])
-    x = tl.reshape(
-        tl.permute(x, (2, 3, 0, 4, 6, 1, 5)), [WARPS, 32 * QUADS, COLUMNS, 2]
-    )
-    return tl.split(x)
+    return tl.reshape(tl.permute(x, (2, 3, 0, 4, 5, 1)), [WARPS, 32 * QUADS, COLUMNS])
 
 
 @triton.jit
@@ -239,9 +237,10 @@ def block_products(
         word = tl.where(word < WORDS, word, 0)
     planes = ()
     for s in tl.static_range(SETS):
-        part = tl.minimum(((warp * SETS + s) * TIMES + time) * 8 + lane, last // PART)
-        at = part // PARTS * (WORDS * K * 4) + part % PARTS * (PART * 4)
-        planes += (tl.load(plane + at + word * (K * 4) + tl.arange(0, 4 * PART)),)
+        part = ((warp * SETS + s) * TIMES + time) * 8 + lane
+        at = tl.minimum(part // PARTS, last) * (WORDS * K * 4)
+        at += word * (K * 4) + part % PARTS * (PART * 4)
+        planes += (tl.load(plane + (at + tl.arange(0, 4 * PART))),)
     total = tl.zeros([WARPS, PART * TIMES * 8, COLUMNS], tl.int32)
     for s in tl.static_range(SETS):
         low, high = high_codes(planes[s], 0, ASM)

@@ -10,7 +10,7 @@ from torch import Tensor
 from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.codes import COLUMNS, block_products, load_pairs
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import exp2_of, log_of, moments, root_of, step_of
+from wavekv.kernels.cuda.moments import exp2_of, log_or_nothing, moments, root_of, step_of
 from wavekv.kernels.cuda.prepare import prepare
 from wavekv.kernels.step import (
     ESTIMATED,
@@ -70,54 +70,55 @@ def _score(
         warp = tl.arange(0, WARPS)[:, None, None]
         time = tl.arange(0, TIMES)[:, None]
         part = ((warp * SETS + pair // (GP // 2)) * TIMES + time) * 8 + lane
-        first_page = stat * PAGES + part * PART
-        n = first_page[:, :, :, :, :, None] + tl.arange(0, PART)
-        is_page = n < num_pages
-        own_mean = mean + (row * N + stat * PAGES) * (WORDS * 4)
-        last = num_pages - 1 - stat * PAGES
-        count = tl.load(counts + row * N + n, mask=is_page, other=0)
-        step = step_of(tl.load(mean_step + row * N + n, mask=is_page, other=0), HARDWARE)
-        root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0), HARDWARE)
-        log_count = log_of(count, HARDWARE)
-        nothing = tl.where(count == 0, float("-inf"), log_count)
+        inner = part[:, :, :, :, :, None] * PART + tl.arange(0, PART)
+        in_use = num_pages - stat * PAGES
+        is_page = inner < in_use
+        here = row * N + stat * PAGES
+        own_mean = mean + here * (WORDS * 4)
+        count = tl.load(counts + here + inner, mask=is_page, other=0)
+        step = step_of(tl.load(mean_step + here + inner, mask=is_page, other=0), HARDWARE)
+        root = root_of(tl.load(variance + here + inner, mask=is_page, other=0), HARDWARE)
+        if SOFTCAP:
+            step = tl.where(count == 0, 0.0, step)
+        log_count = log_or_nothing(count, HARDWARE)
         for first in tl.static_range(0, G, COLUMNS):
             own_query = query_bytes + (row * G + first) * WIDTH
             even, odd = (), ()
             for s in tl.static_range(SETS):
-                x, y = load_pairs(own_query, s, SETS, COLUMNS, WARPS, G - first, WIDTH, QUADS)
-                even += (x,)  # type: ignore[assignment]
-                odd += (y,)  # type: ignore[assignment]
+                even += (load_pairs(own_query, 0, s, SETS, COLUMNS, WARPS, G - first, WIDTH, QUADS),)
+                odd += (load_pairs(own_query, 1, s, SETS, COLUMNS, WARPS, G - first, WIDTH, QUADS),)
             products = block_products(
-                *(own_mean, last, even, odd, SETS, WARPS, PAGES, K, WORDS, HARDWARE)
+                *(own_mean, in_use // K - 1, even, odd, SETS, WARPS, PAGES, K, WORDS, HARDWARE)
             )
-            g = first + 2 * (tl.arange(0, COLUMNS // 2) % (GP // 2))[:, None, None, None, None, None] + tl.arange(0, 2)[:, None]
-            head = row * G + g
-            worth = tl.load(query_step + head * 2, mask=g < G, other=0.0)
-            shifted = tl.load(query_step + head * 2 + 1, mask=g < G, other=0.0)
-            spread = tl.sqrt(tl.load(query_square + head, mask=g < G, other=0.0))
-            wanted = (g < G) & is_page
-            at = head * (N // K) + (first_page // K)[:, :, :, :, :, None]
-            own = tl.load(block_logits + at, mask=(first_page < num_pages)[:, :, :, :, :, None] & (g < G), other=0.0)
+            g = 2 * (tl.arange(0, COLUMNS // 2) % (GP // 2))[:, None, None, None, None, None] + tl.arange(0, 2)[:, None]
+            head = row * G + first + g
+            worth = tl.load(query_step + head * 2, mask=first + g < G, other=0.0)
+            shifted = tl.load(query_step + head * 2 + 1, mask=first + g < G, other=0.0)
+            spread = tl.sqrt(tl.load(query_square + head, mask=first + g < G, other=0.0))
+            wanted = (first + g < G) & is_page
+            b = (part // (K // PART))[:, :, :, :, :, None]
+            logits = block_logits + (row * G + first) * (N // K) + stat * (PAGES // K)
+            own = tl.load(logits + (g * (N // K) + b), mask=(b < in_use // K) & (first + g < G), other=0.0)
             products -= 12582912.0 + 6.0 * shifted
             x = own + products * (worth * 0.25) * step
             deviation = spread * root
             mass, lean = moments(x, deviation, log_count, softcap, USE_VARIANCE, SOFTCAP)
-            mass += nothing
-            at = head * N + n
-            tl.store(log_mass + at, mass, mask=wanted)
+            at = g * N + inner
+            masses = log_mass + (row * G + first) * N + stat * PAGES
+            tl.store(masses + at, mass, mask=wanted)
             if SOFTCAP:
-                tl.store(shift + at, lean, mask=wanted)
+                tl.store(shift + (row * G + first) * N + stat * PAGES + at, lean, mask=wanted)
             both = mass + lean
             both = tl.reshape(both, [SETS, GP // 2, 8, WARPS, TIMES, 2, PART])
             both = tl.reshape(tl.permute(both, (0, 2, 3, 4, 6, 1, 5)), [PAGES, GP])
             largest = tl.max(both, 0)
-            safe = tl.maximum(largest, -1e30)
+            safe = tl.maximum(largest, -1e30) * 1.4426950408889634
             g = first + tl.arange(0, GP)
             head = row * G + g
             tl.store(block_max + head * STRIDE + stat, largest, mask=g < G)
-            total = tl.sum(exp2_of((both - safe[None, :]) * 1.4426950408889634, HARDWARE), 0)
+            total = tl.sum(exp2_of(both * 1.4426950408889634 - safe[None, :], HARDWARE), 0)
             tl.store(block_sum + head * STRIDE + stat, total, mask=g < G)
-        tl.store(status + row * N + n, tl.full(n.shape, MARK, tl.uint8), mask=is_page)
+        tl.store(status + here + inner, tl.full(inner.shape, MARK, tl.uint8), mask=is_page)
 
 
 def score(

@@ -24,25 +24,27 @@ def load_queries(
     SET: tl.constexpr,
     SETS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
     G: tl.constexpr,
     WIDTH: tl.constexpr,
     QUADS: tl.constexpr,
 ):
     """Half of the components of G queries in the columns of a set, zero elsewhere
-    [32 * QUADS, SETS * GP] int8: of every eight dimensions the last four if ODD, or the first.
+    [WARPS, 32 * QUADS, SETS * GP] int8, the same for each warp: of every eight dimensions the last
+    four if ODD, or the first.
 
     query: the int8 queries, WIDTH bytes each.
     """
     GP: tl.constexpr = COLUMNS // SETS
-    word, column, quad = tl.arange(0, 4), tl.arange(0, COLUMNS), tl.arange(0, QUADS)
-    half, byte = tl.arange(0, 2), tl.arange(0, 4)
-    words = 4 * quad[None, None, :, None, None] + word[:, None, None, None, None]
-    eights = 2 * words + half[None, None, None, :, None]
-    d = 8 * eights + 4 * ODD + byte[None, None, None, None, :]
-    head = (column % GP)[None, :, None, None, None]
-    is_own = (column // GP == SET)[None, :, None, None, None]
-    x = tl.load(query + head * WIDTH + d, mask=is_own & (head < G) & (d < WIDTH), other=0)
-    return tl.reshape(tl.permute(x, (2, 0, 3, 4, 1)), [32 * QUADS, COLUMNS])
+    word = 4 * tl.arange(0, QUADS)[:, None, None] + tl.arange(0, 4)[:, None, None, None, None, None]
+    column = tl.arange(0, COLUMNS)[:, None, None, None, None]
+    # each warp loads its own: none waits for another
+    warp = tl.zeros([WARPS], tl.int32)[:, None, None, None]
+    half, byte = tl.arange(0, 2)[:, None], tl.arange(0, 4)
+    head, d = column % GP, 16 * word + 8 * half + 4 * ODD + byte
+    is_own = (column // GP == SET) & (head < G) & (d < WIDTH)
+    x = tl.load(query + (head * WIDTH + d + warp), mask=is_own, other=0)
+    return tl.reshape(tl.permute(x, (2, 3, 0, 4, 5, 1)), [WARPS, 32 * QUADS, COLUMNS])
 
 
 @triton.jit
@@ -143,11 +145,12 @@ def add_products(low, high, queries, total):
     `load_queries`."""
     PAGES: tl.constexpr = low.shape[1]
     ROWS: tl.constexpr = total.shape[0]
-    QUADS: tl.constexpr = queries.shape[0] // 32
+    QUADS: tl.constexpr = queries.shape[1] // 32
+    COLUMNS: tl.constexpr = queries.shape[2]
     # quads, then words, then halves, then their bytes
     x = tl.reshape(tl.join(low, high), [4, PAGES, QUADS, ROWS // PAGES, 4, 2])
     x = tl.reshape(tl.permute(x, (3, 1, 2, 0, 5, 4)), [ROWS, 32 * QUADS])
-    return tl.dot(x, queries, total, out_dtype=tl.int32)
+    return tl.dot(x, tl.reshape(queries, [32 * QUADS, COLUMNS]), total, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -164,8 +167,8 @@ def mean_products(
 ):
     """Four times the products [PAGES, SETS, GP] of the queries with the mean keys of pages
     n [SETS * PAGES], those of one set after those of another."""
-    QUADS: tl.constexpr = even[0].shape[0] // 32
-    COLUMNS: tl.constexpr = even[0].shape[1]
+    QUADS: tl.constexpr = even[0].shape[1] // 32
+    COLUMNS: tl.constexpr = even[0].shape[2]
     word = 4 * tl.arange(0, QUADS)[None, None, :, None] + tl.arange(0, 4)[:, None, None, None]
     n4 = n.to(tl.int64)[None, :, None, None]
     at = (n4 // K * (WORDS * K) + word * K + n4 % K) * 4 + tl.arange(0, 4)[None, None, None, :]
@@ -183,83 +186,3 @@ def mean_products(
     s = tl.arange(0, SETS)
     is_own = s[:, None, None, None] == s[None, None, :, None]
     return tl.sum(tl.where(is_own, total, 0), 0)
-
-
-@triton.jit
-def load_pairs(
-    query,
-    ODD: tl.constexpr,
-    SET: tl.constexpr,
-    SETS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    WARPS: tl.constexpr,
-    G: tl.constexpr,
-    WIDTH: tl.constexpr,
-    QUADS: tl.constexpr,
-):
-    GP: tl.constexpr = COLUMNS // SETS
-    word = 4 * tl.arange(0, QUADS)[:, None, None] + tl.arange(0, 4)[:, None, None, None, None, None]
-    column = tl.arange(0, COLUMNS)[:, None, None, None, None]
-    warp = tl.arange(0, WARPS)[:, None, None, None]
-    half = tl.arange(0, 2)[:, None]
-    d = 16 * word + 8 * half + 4 * ODD + tl.arange(0, 4) + warp * 0
-    head = column % GP
-    is_own = (column // GP == SET) & (head < G) & (16 * word < WIDTH)
-    x = tl.load(query + head * WIDTH + d, mask=is_own, other=0)
-    return tl.reshape(tl.permute(x, (2, 3, 0, 4, 5, 1)), [WARPS, 32 * QUADS, COLUMNS])
-
-
-@triton.jit
-def block_products(
-    plane,
-    last,
-    even,
-    odd,
-    SETS: tl.constexpr,
-    WARPS: tl.constexpr,
-    PAGES: tl.constexpr,
-    K: tl.constexpr,
-    WORDS: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Four times the products [PAGES, GP] of the queries with the mean keys of PAGES pages, as
-    floats 2^23 + 2^22 above them. Of the pages after the `last` they are anything."""
-    QUADS: tl.constexpr = even[0].shape[1] // 32
-    COLUMNS: tl.constexpr = even[0].shape[2]
-    # pages that one thread reads at once, and how often in a block and in a set
-    PART: tl.constexpr = K if K < 4 else 4
-    PARTS: tl.constexpr = K // PART
-    TIMES: tl.constexpr = PAGES // (PART * SETS * WARPS * 8)
-    word = 4 * tl.arange(0, QUADS)[:, None] + tl.arange(0, 4)[:, None, None, None, None, None]
-    lane = tl.arange(0, 8)[:, None, None, None, None]
-    warp, time = tl.arange(0, WARPS)[:, None, None, None], tl.arange(0, TIMES)[:, None, None]
-    if WORDS % 4 != 0:
-        word = tl.where(word < WORDS, word, 0)
-    planes = ()
-    for s in tl.static_range(SETS):
-        part = ((warp * SETS + s) * TIMES + time) * 8 + lane
-        at = tl.minimum(part // PARTS, last) * (WORDS * K * 4)
-        at += word * (K * 4) + part % PARTS * (PART * 4)
-        planes += (tl.load(plane + (at + tl.arange(0, 4 * PART))),)
-    total = tl.zeros([WARPS, PART * TIMES * 8, COLUMNS], tl.int32)
-    for s in tl.static_range(SETS):
-        low, high = high_codes(planes[s], 0, ASM)
-        total = _add(low, high, even[s], total)
-    total = total * 4 + 0x4B400000
-    for s in tl.static_range(SETS):
-        low, high = high_codes(planes[s], 1, ASM)
-        total = _add(low, high, odd[s], total)
-    total = tl.reshape(total, [WARPS, TIMES, PART, 8, COLUMNS // 2, 2])
-    total = tl.permute(total, (4, 3, 0, 1, 5, 2))
-    return total.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _add(low, high, queries, total):
-    WARPS: tl.constexpr = low.shape[2]
-    TIMES: tl.constexpr = low.shape[3]
-    QUADS: tl.constexpr = low.shape[4]
-    PART: tl.constexpr = low.shape[5] // 4
-    x = tl.reshape(tl.join(low, high), [4, 8, WARPS, TIMES, QUADS, PART, 4, 2])
-    x = tl.reshape(tl.permute(x, (2, 3, 5, 1, 4, 0, 7, 6)), [WARPS, TIMES * PART * 8, 32 * QUADS])
-    return tl.dot(x, queries, total, out_dtype=tl.int32)

@@ -4,6 +4,8 @@ see `wavekv.kernels.planes` and `wavekv.kernels.score`."""
 import triton
 import triton.language as tl
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def exp2_of(x, HARDWARE: tl.constexpr):

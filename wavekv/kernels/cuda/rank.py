@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import log_of, reach_of, root_of
+from wavekv.kernels.cuda.moments import LOG2_E, exp2_of, log_of, reach_of, root_of
 from wavekv.kernels.step import (
     BIN_SHIFT,
     CANDIDATES,
@@ -31,6 +31,8 @@ from wavekv.kernels.step import (
 )
 
 _BLOCK = 1024
+_REGISTERS = 64
+"""Of a thread at most: so the programs of 8 KV heads and a million tokens all run at once."""
 _NEVER = 0x7FFFFFFF
 
 
@@ -154,7 +156,7 @@ def _rank(
             maxima, sums = block_max + head * STRIDE, block_sum + head * STRIDE
             num_stats = tl.cdiv(num_pages, STATS_BLOCK)
             largest, worth = _softmax_statistics(maxima, sums, num_stats, STATS)
-            share += tl.exp2((mass - largest) * 1.4426950408889634) * worth
+            share += exp2_of(mass * LOG2_E - largest * LOG2_E, HARDWARE) * worth
             top = tl.maximum(top, mass)
         is_alive = is_page & (top > float("-inf"))
         bits = tl.where(is_alive, share.to(tl.int32, bitcast=True), -1)
@@ -237,6 +239,7 @@ def rank_pages(
         "SOFTCAP": shape.softcap is not None,
         "HARDWARE": uses_hardware(scratch.rank),
         "num_warps": 4,
+        "maxnreg": _REGISTERS,
     }
     launch(
         _rank,

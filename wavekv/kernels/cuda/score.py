@@ -11,7 +11,7 @@ from wavekv.kernels.cuda.codes import COLUMNS, load_queries
 from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
 from wavekv.kernels.cuda.means import LANES, all_mean_products, part_of
-from wavekv.kernels.cuda.moments import exp2_of, log_or_nothing, moments, root_of, step_of
+from wavekv.kernels.cuda.moments import LOG2_E, exp2_of, log_or_nothing, moments, root_of, step_of
 from wavekv.kernels.cuda.prepare import prepare
 from wavekv.kernels.step import (
     ESTIMATED,
@@ -32,7 +32,6 @@ them too few warps run at once to hide what a load takes."""
 def _statistics(both, SETS: tl.constexpr, HARDWARE: tl.constexpr):
     """The largest number [GP] of each head, and the sum of exp(number - largest), of numbers
     [columns / 2, LANES, WARPS, TIMES, 2, PART]."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
     PAIRS: tl.constexpr = both.shape[0] // SETS
     WARPS: tl.constexpr = both.shape[2]
     TIMES: tl.constexpr = both.shape[3]

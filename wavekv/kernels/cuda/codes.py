@@ -24,25 +24,27 @@ def load_queries(
     SET: tl.constexpr,
     SETS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
     G: tl.constexpr,
     WIDTH: tl.constexpr,
     QUADS: tl.constexpr,
 ):
     """Half of the components of G queries in the columns of a set, zero elsewhere
-    [32 * QUADS, SETS * GP] int8: of every eight dimensions the last four if ODD, or the first.
+    [WARPS, 32 * QUADS, SETS * GP] int8, the same for each warp: of every eight dimensions the last
+    four if ODD, or the first.
 
     query: the int8 queries, WIDTH bytes each.
     """
     GP: tl.constexpr = COLUMNS // SETS
-    word, column, quad = tl.arange(0, 4), tl.arange(0, COLUMNS), tl.arange(0, QUADS)
-    half, byte = tl.arange(0, 2), tl.arange(0, 4)
-    words = 4 * quad[None, None, :, None, None] + word[:, None, None, None, None]
-    eights = 2 * words + half[None, None, None, :, None]
-    d = 8 * eights + 4 * ODD + byte[None, None, None, None, :]
-    head = (column % GP)[None, :, None, None, None]
-    is_own = (column // GP == SET)[None, :, None, None, None]
-    x = tl.load(query + head * WIDTH + d, mask=is_own & (head < G) & (d < WIDTH), other=0)
-    return tl.reshape(tl.permute(x, (2, 0, 3, 4, 1)), [32 * QUADS, COLUMNS])
+    word = 4 * tl.arange(0, QUADS)[:, None, None] + tl.arange(0, 4)[:, None, None, None, None, None]
+    column = tl.arange(0, COLUMNS)[:, None, None, None, None]
+    # each warp loads its own: none waits for another
+    warp = tl.zeros([WARPS], tl.int32)[:, None, None, None]
+    half, byte = tl.arange(0, 2)[:, None], tl.arange(0, 4)
+    head, d = column % GP, 16 * word + 8 * half + 4 * ODD + byte
+    is_own = (column // GP == SET) & (head < G) & (d < WIDTH)
+    x = tl.load(query + (head * WIDTH + d + warp), mask=is_own, other=0)
+    return tl.reshape(tl.permute(x, (2, 3, 0, 4, 5, 1)), [WARPS, 32 * QUADS, COLUMNS])
 
 
 @triton.jit
@@ -143,11 +145,12 @@ def add_products(low, high, queries, total):
     `load_queries`."""
     PAGES: tl.constexpr = low.shape[1]
     ROWS: tl.constexpr = total.shape[0]
-    QUADS: tl.constexpr = queries.shape[0] // 32
+    QUADS: tl.constexpr = queries.shape[1] // 32
+    COLUMNS: tl.constexpr = queries.shape[2]
     # quads, then words, then halves, then their bytes
     x = tl.reshape(tl.join(low, high), [4, PAGES, QUADS, ROWS // PAGES, 4, 2])
     x = tl.reshape(tl.permute(x, (3, 1, 2, 0, 5, 4)), [ROWS, 32 * QUADS])
-    return tl.dot(x, queries, total, out_dtype=tl.int32)
+    return tl.dot(x, tl.reshape(queries, [32 * QUADS, COLUMNS]), total, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -164,8 +167,8 @@ def mean_products(
 ):
     """Four times the products [PAGES, SETS, GP] of the queries with the mean keys of pages
     n [SETS * PAGES], those of one set after those of another."""
-    QUADS: tl.constexpr = even[0].shape[0] // 32
-    COLUMNS: tl.constexpr = even[0].shape[1]
+    QUADS: tl.constexpr = even[0].shape[1] // 32
+    COLUMNS: tl.constexpr = even[0].shape[2]
     word = 4 * tl.arange(0, QUADS)[None, None, :, None] + tl.arange(0, 4)[:, None, None, None]
     n4 = n.to(tl.int64)[None, :, None, None]
     at = (n4 // K * (WORDS * K) + word * K + n4 % K) * 4 + tl.arange(0, 4)[None, None, None, :]

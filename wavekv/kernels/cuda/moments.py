@@ -4,6 +4,8 @@ see `wavekv.kernels.planes` and `wavekv.kernels.levels.score_levels`."""
 import triton
 import triton.language as tl
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def exp2_of(x, HARDWARE: tl.constexpr):
@@ -44,6 +46,20 @@ def log_of(count, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def log_or_nothing(count, HARDWARE: tl.constexpr):
+    """`log_of`, but of none -inf."""
+    x = count.to(tl.float32)
+    if HARDWARE:
+        log2 = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+        out = log2 * 0.6931471805599453
+    else:
+        out = tl.where(count == 0, float("-inf"), tl.log(tl.maximum(x, 1.0)))
+    return out
+
+
+@triton.jit
 def capped(x, softcap):
     """softcap * tanh(x / softcap)."""
     return softcap * (2.0 * tl.sigmoid(2.0 * x / softcap) - 1.0)
@@ -75,7 +91,7 @@ def moments(x, deviation, log_count, softcap, USE_VARIANCE: tl.constexpr, SOFTCA
         bent = deviation * (1.0 - share * share)
     log_mass = log_count + x
     if USE_VARIANCE:
-        reach = reach_of(bent, log_count)
+        reach = reach_of(bent, tl.maximum(log_count, 0.0))
         log_mass += mass_beyond(bent, reach)
         shift = deviation * reach
     return log_mass, shift

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wavekv.kernels.cuda.in_use import pages_in_use
 from wavekv.kernels.cuda.launch import launch, power_of_two, uses_hardware
-from wavekv.kernels.cuda.moments import log_of, reach_of, root_of
+from wavekv.kernels.cuda.moments import LOG2_E, exp2_of, log_of, reach_of, root_of
 from wavekv.kernels.step import (
     BIN_SHIFT,
     CANDIDATES,
@@ -30,18 +30,38 @@ from wavekv.kernels.step import (
 )
 
 _BLOCK = 1024
+_WARPS = 4
+_REGISTERS = 64
+"""Of a thread at most: so the programs of 8 KV heads and a million tokens all run at once."""
 _NEVER = 0x7FFFFFFF
 
 
 @triton.jit
-def _softmax_statistics(maxima, sums, num, STATS: tl.constexpr):
-    """The largest log mass of a head, and one over the sum of all masses."""
-    i = tl.arange(0, STATS)
-    tops = tl.load(maxima + i, mask=i < num, other=float("-inf"))
-    parts = tl.load(sums + i, mask=i < num, other=0.0)
-    largest = tl.max(tops, 0)
-    largest = tl.where(largest == float("-inf"), 0.0, largest)
-    return largest, 1.0 / tl.maximum(tl.sum(parts * tl.exp(tops - largest), 0), 1e-30)
+def _softmax_statistics(
+    maxima,
+    sums,
+    num,
+    WARPS: tl.constexpr,
+    STATS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """The largest log mass of a head in octaves, and one over the sum of all masses
+    [WARPS, 1, 1]: each warp reads them all, and none waits for another."""
+    # as pages lie: four numbers of each thread
+    LINE: tl.constexpr = min(STATS, 128)
+    i = tl.arange(0, STATS // LINE)[:, None] * LINE + tl.arange(0, LINE)[None, :]
+    i += tl.zeros([WARPS], tl.int32)[:, None, None]
+    # four at a time, though some of the last four may be of no pages
+    near = (i < (num + 3) // 4 * 4) & (i < STRIDE)
+    tops = tl.where(i < num, tl.load(maxima + i, mask=near, other=0.0), float("-inf"))
+    parts = tl.where(i < num, tl.load(sums + i, mask=near, other=0.0), 0.0)
+    # nothing is less than nothing
+    top = tl.max(tl.reshape(tops, [WARPS, STATS]), 1)
+    largest = (tl.maximum(top, -1e30) * LOG2_E)[:, None, None]
+    masses = parts * exp2_of(tops * LOG2_E - largest, HARDWARE)
+    total = tl.sum(tl.reshape(masses, [WARPS, STATS]), 1)[:, None, None]
+    return largest, 1.0 / tl.maximum(total, 1e-30)
 
 
 @triton.jit
@@ -120,6 +140,7 @@ def _rank(
     STATS: tl.constexpr,
     STATS_BLOCK: tl.constexpr,
     STRIDE: tl.constexpr,
+    WARPS: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_VARIANCE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -129,13 +150,18 @@ def _rank(
     num_pages = pages_in_use(counters, K)
     num_blocks = tl.cdiv(num_pages, BLOCK)
     if (block < num_blocks) | (block == 0):
-        n = block * BLOCK + tl.arange(0, BLOCK)
+        # each warp has lines of pages, in which each thread has four
+        LINES: tl.constexpr = BLOCK // (WARPS * 128)
+        line = tl.arange(0, WARPS)[:, None, None] * LINES + tl.arange(0, LINES)[:, None]
+        n = block * BLOCK + line * 128 + tl.arange(0, 128)
         is_page = n < num_pages
         if STAGE == 0 and USE_VARIANCE and not SOFTCAP:
-            log_count = log_of(tl.load(counts + row * N + n, mask=is_page, other=0), HARDWARE)
-            root = root_of(tl.load(variance + row * N + n, mask=is_page, other=0), HARDWARE)
-        top = tl.full([BLOCK], float("-inf"), tl.float32)
-        share = tl.zeros([BLOCK], tl.float32)
+            # four bytes a thread, so that these lie where the masses do
+            at = tl.max_contiguous(n, [1, 1, 4])
+            log_count = log_of(tl.load(counts + row * N + at, mask=is_page, other=0), HARDWARE)
+            root = root_of(tl.load(variance + row * N + at, mask=is_page, other=0), HARDWARE)
+        top = tl.full([WARPS, LINES, 128], float("-inf"), tl.float32)
+        share = tl.zeros([WARPS, LINES, 128], tl.float32)
         # head by head: all that belongs to a page is in one thread
         for k in tl.static_range(G):
             head = row * G + k
@@ -149,8 +175,10 @@ def _rank(
                     mass += deviation * reach_of(deviation, log_count)
             maxima, sums = block_max + head * STRIDE, block_sum + head * STRIDE
             num_stats = tl.cdiv(num_pages, STATS_BLOCK)
-            largest, worth = _softmax_statistics(maxima, sums, num_stats, STATS)
-            share += tl.exp2((mass - largest) * 1.4426950408889634) * worth
+            largest, worth = _softmax_statistics(
+                maxima, sums, num_stats, WARPS, STATS, STRIDE, HARDWARE
+            )
+            share += exp2_of(mass * LOG2_E - largest, HARDWARE) * worth
             top = tl.maximum(top, mass)
         is_alive = is_page & (top > float("-inf"))
         bits = tl.where(is_alive, share.to(tl.int32, bitcast=True), -1)
@@ -230,11 +258,13 @@ def rank_pages(
         "STATS": power_of_two(triton.cdiv(shape.capacity, stats_block)),
         "STATS_BLOCK": stats_block,
         "STRIDE": scratch.block_max.shape[2],
+        "WARPS": _WARPS,
         "BLOCK": _BLOCK,
         "USE_VARIANCE": shape.tail == "second",
         "SOFTCAP": shape.softcap is not None,
         "HARDWARE": uses_hardware(scratch.rank),
-        "num_warps": 4,
+        "num_warps": _WARPS,
+        "maxnreg": _REGISTERS,
     }
     launch(
         _rank,

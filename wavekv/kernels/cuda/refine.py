@@ -94,8 +94,8 @@ def _key_products(
 ):
     """Four times the products of the codes of keys of listed pages with the queries, as floats
     2^23 + 2^22 above them [PP, PAGES, SETS, GP]."""
-    QUADS: tl.constexpr = even[0].shape[0] // 32
-    COLUMNS: tl.constexpr = even[0].shape[1]
+    QUADS: tl.constexpr = even[0].shape[1] // 32
+    COLUMNS: tl.constexpr = even[0].shape[2]
     highs, lows = (), ()
     for s in tl.static_range(SETS):
         i = start + s * PAGES + tl.arange(0, PAGES)
@@ -182,8 +182,8 @@ def _refine(
             own_query = query_bytes + (row * G + first) * WIDTH
             even, odd = (), ()
             for s in tl.static_range(SETS):
-                even += (load_queries(own_query, 0, s, SETS, COLUMNS, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
-                odd += (load_queries(own_query, 1, s, SETS, COLUMNS, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
+                even += (load_queries(own_query, 0, s, SETS, COLUMNS, 1, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
+                odd += (load_queries(own_query, 1, s, SETS, COLUMNS, 1, G - first, WIDTH, QUADS),)  # type: ignore[assignment]
             g = first + tl.arange(0, GP)
             head = row * G + g
             worth = tl.load(query_step + head * 2, mask=g < G, other=0.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from decode_baselines import full_attention, start_peak
@@ -17,7 +16,7 @@ from decode_result import Result
 from decode_steps import WalkedSteps
 from decode_walk import QUERY_SCALE
 from exact_layer import exact_layer
-from needles import DEPTHS, Needles, draw_needles, page_of
+from needles import Needles, draw_needles, figures, page_of
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -105,17 +104,8 @@ def checks(
                 found.append((pages[0] == wanted[:, None]).any(-1))
     errors = _errors(steps)
     say("checked")
-    extra: dict[str, Any] = {
-        "budget": args.budget,
-        "needles": sum(len(heads) for heads in found),
-        "needles_found": int(torch.stack(found).sum()),
-        "depths": DEPTHS,
-        "output_error_mean": float(errors.mean()),
-        "output_error_p95": float(errors.quantile(0.95)),
-        "error_samples": errors.numel(),
-        "bytes_read_of": engine_bytes(steps.engine),
-    }
-    return Result("checks", tokens, 1, extra=extra)
+    extra = {"budget": args.budget, "bytes_read_of": engine_bytes(steps.engine)}
+    return Result("checks", tokens, 1, extra=extra | figures(found, errors))
 
 
 def _errors(steps: WalkedSteps) -> Tensor:

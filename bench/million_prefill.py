@@ -14,7 +14,7 @@ from decode_baselines import peak_bytes, start_peak
 from decode_fill import say
 from decode_model import INIT_STD, layer_kv_bytes, release_memory, time_steps, weight_bytes
 from decode_result import Result
-from needles import DEPTHS, Needles, draw_needles, page_of
+from needles import Needles, draw_needles, figures, page_of
 from prefill import flops
 from prefill_full import BufferedPrefill
 from torch import Tensor
@@ -180,16 +180,7 @@ def _checks(wrapped: OffloadedKV, cache: OffloadedCache, needles: Needles, token
             chosen = counters.last_choice.chosen[0].cpu()
             wanted = page_of(context.paged.token_ids.view, position)
             found.append((chosen == wanted[:, None]).any(-1))
-    errors = torch.cat(errors).float()
-    extra: dict[str, Any] = {
-        "budget": config.budget,
-        "needles": sum(len(heads) for heads in found),
-        "needles_found": int(torch.stack(found).sum()),
-        "depths": DEPTHS,
-        "output_error_mean": float(errors.mean()),
-        "output_error_p95": float(errors.quantile(0.95)),
-        "error_samples": errors.numel(),
-    }
+    extra = {"budget": config.budget} | figures(found, torch.cat(errors).float())
     return Result("checks", tokens, 1, extra=extra)
 
 

@@ -7,6 +7,7 @@ others. A query in its direction, as long as other queries, must choose the page
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,16 @@ def page_of(token_ids: Tensor, position: int) -> Tensor:
     is_here = (token_ids[0] == position).any(-1)
     assert bool((is_here.sum(-1) == 1).all()), f"token {position} is not in one page of every head"
     return is_here.int().argmax(-1)
+
+
+def figures(found: list[Tensor], errors: Tensor) -> dict[str, Any]:
+    """How many needles were found, [heads] bool of each layer and depth, and how far outputs were
+    off, relative L2 of any number of heads."""
+    return {
+        "needles": sum(len(heads) for heads in found),
+        "needles_found": int(torch.stack(found).sum()),
+        "depths": DEPTHS,
+        "output_error_mean": float(errors.mean()),
+        "output_error_p95": float(errors.quantile(0.95)),
+        "error_samples": errors.numel(),
+    }

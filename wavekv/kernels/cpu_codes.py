@@ -37,6 +37,21 @@ def _has_vnni() -> bool:
 HAS_VNNI = _has_vnni()
 
 
+def store_sums(builder: Any, sums: list[Any], keys: Any, out: Any) -> None:
+    """LLVM IR that adds up two variables of `LANES` sums, where these are of fewer keys also the
+    lanes of a key, and stores the total at the address `out`."""
+    i32, i64 = ir.IntType(32), ir.IntType(64)
+    words = ir.VectorType(i32, LANES)
+    total = builder.add(builder.load(sums[0]), builder.load(sums[1]))
+    for distance in (8, 4, 2, 1):
+        turned = [(lane + distance) % LANES for lane in range(LANES)]
+        mask = ir.Constant(words, [ir.Constant(i32, lane) for lane in turned])
+        folded = builder.add(total, builder.shuffle_vector(total, total, mask))
+        is_spread = builder.icmp_signed("<=", keys, ir.Constant(i64, distance))
+        total = builder.select(is_spread, folded, total)
+    builder.store(total, builder.inttoptr(out, words.as_pointer()), align=1)
+
+
 def _vnni_dots(is_nibble: bool) -> Any:
     """A kernel function (codes, query, count, step, high, keys, out) in LLVM IR; see
     `_portable_dots`."""
@@ -80,14 +95,7 @@ def _vnni_dots(is_nibble: bool) -> Any:
                 if is_nibble:
                     upper = builder.add(builder.add(query, high), at)
                     add_products(sums[1], builder.lshr(packed, splat(4)), load(upper, octets))
-            total = builder.add(builder.load(sums[0]), builder.load(sums[1]))
-            for distance in (8, 4, 2, 1):
-                turned = [(lane + distance) % LANES for lane in range(LANES)]
-                mask = ir.Constant(words, [ir.Constant(i32, lane) for lane in turned])
-                folded = builder.add(total, builder.shuffle_vector(total, total, mask))
-                is_spread = builder.icmp_signed("<=", keys, ir.Constant(i64, distance))
-                total = builder.select(is_spread, folded, total)
-            builder.store(total, builder.inttoptr(out, words.as_pointer()), align=1)
+            store_sums(builder, sums, keys, out)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 7), codegen

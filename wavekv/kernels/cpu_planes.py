@@ -16,7 +16,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
-from wavekv.kernels.cpu_codes import HAS_VNNI, LANES, VECTOR
+from wavekv.kernels.cpu_codes import HAS_VNNI, LANES, VECTOR, store_sums
 from wavekv.kernels.cpu_math import int8_at, int32_at, uint8_at
 
 _WORD_MASKS = {1: 0x01010101, 2: 0x03030303}
@@ -56,14 +56,7 @@ def _vnni_dots(bits: int) -> Any:
                     signed = builder.bitcast(load(at, octets), words)
                     total = builder.load(sums[k % 2])
                     builder.store(builder.call(product, [total, unsigned, signed]), sums[k % 2])
-            total = builder.add(builder.load(sums[0]), builder.load(sums[1]))
-            for distance in (8, 4, 2, 1):
-                turned = [(lane + distance) % LANES for lane in range(LANES)]
-                mask = ir.Constant(words, [ir.Constant(i32, lane) for lane in turned])
-                folded = builder.add(total, builder.shuffle_vector(total, total, mask))
-                is_spread = builder.icmp_signed("<=", keys, ir.Constant(i64, distance))
-                total = builder.select(is_spread, folded, total)
-            builder.store(total, builder.inttoptr(out, words.as_pointer()), align=1)
+            store_sums(builder, sums, keys, out)
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 6), codegen

@@ -18,10 +18,9 @@ from wavekv.kernels.page_index import (
     HIGH_BITS,
     LOW_BITS,
     PageIndex,
-    block_means,
     block_values,
-    mean_codes,
-    value_codes,
+    mean_keys,
+    mean_values,
 )
 from wavekv.kernels.planes import centred, steps_of, unpack_plane
 from wavekv.kernels.reference import by_group, by_moments
@@ -42,21 +41,6 @@ CASES = st.fixed_dictionaries(
         "softcap": st.sampled_from([None, 4.0]),
     }
 )
-
-
-def mean_keys(index: PageIndex) -> Tensor:
-    """[R, N, D] float32: the mean keys of pages as stored."""
-    own = block_means(index).repeat_interleave(index.block_pages, -2)
-    D = own.shape[-1]
-    residual = mean_codes(index, D) * steps_of(index.mean_step).unsqueeze(-1)
-    return own + residual @ mixing(D).float().mT
-
-
-def mean_values(index: PageIndex) -> Tensor:
-    """[R, N, D] float32: the mean values of pages as stored."""
-    own = block_values(index).repeat_interleave(index.block_pages, -2)
-    residual = value_codes(index) * steps_of(index.value_step).unsqueeze(-1)
-    return own + residual @ mixing(own.shape[-1]).float().mT
 
 
 class Case(NamedTuple):

@@ -195,6 +195,21 @@ def block_values(index: PageIndex) -> Tensor:
     return unpack_rows(index.block_value, index.block_value_scale, dim, torch.float32)
 
 
+def mean_keys(index: PageIndex) -> Tensor:
+    """[R, N, D] float32: the mean keys of pages as stored."""
+    own = block_means(index).repeat_interleave(index.block_pages, -2)
+    D = own.shape[-1]
+    residual = mean_codes(index, D) * steps_of(index.mean_step).unsqueeze(-1)
+    return own + residual @ mixing_on(own.device, D).mT
+
+
+def mean_values(index: PageIndex) -> Tensor:
+    """[R, N, D] float32: the mean values of pages as stored."""
+    own = block_values(index).repeat_interleave(index.block_pages, -2)
+    residual = value_codes(index) * steps_of(index.value_step).unsqueeze(-1)
+    return own + residual @ mixing_on(own.device, own.shape[-1]).mT
+
+
 def _block_means(rows: Tensor, counts: Tensor, block_pages: int) -> Tensor:
     """[R, N / K, D]: the mean over the tokens of each block, of rows [R, N, D] that are means."""
     weights = counts.float().unflatten(1, (-1, block_pages)).unsqueeze(2)

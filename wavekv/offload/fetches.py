@@ -1,14 +1,15 @@
 """Pages on their way from the host to the pools of an engine, beside what does not wait for them.
 
 Three streams: one for pages that the step waits for, one that finds which of them are likely to be
-chosen while ranking goes on, one for pages of a later layer or step. What a layer fetches for the
+chosen while ranking goes on (before the kernels of ranking that fill the device: the bus waits for
+it), one for pages of a later layer or step. What a layer fetches for the
 next step begins when what it waits for is there, so that the two do not share the bus.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from types import ModuleType
 
 import torch
@@ -28,7 +29,7 @@ from wavekv.kernels.step import (
 )
 from wavekv.offload.device_layer import DeviceLayer
 from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
-from wavekv.offload.streams import ORDINARY, URGENT, SideStreams
+from wavekv.offload.streams import FOREMOST, ORDINARY, URGENT, SideStreams
 
 _NOW, _LIKELY, _LATER = range(3)
 
@@ -51,7 +52,7 @@ class PageFetches:
         self.layers, self.arena, self.scratch, self.ops = layers, arena, scratch, ops
         self.counters, self.limits, self.config = counters, limits, config
         self._device = counters.device
-        self._streams = SideStreams((URGENT, URGENT, ORDINARY), self._device)
+        self._streams = SideStreams((URGENT, FOREMOST, ORDINARY), self._device)
         self._listed: torch.cuda.Event | None = None
         self._needed: torch.cuda.Event | None = None
         self._resolved: torch.cuda.Event | None = None
@@ -91,8 +92,7 @@ class PageFetches:
         scratch = self._likely.get(stage)
         if scratch is None:
             return
-        # beside the first refinement, which fills the device, this would wait for its end
-        with self._streams.beside(_LIKELY) if stage == SECOND else nullcontext():
+        with self._streams.beside(_LIKELY):
             self.ops.list_likely(self.counters, scratch, shape, stage=stage)
             self._listed = self._streams.mark()
             self._resolve(number, scratch, shape, AHEAD)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-URGENT, ORDINARY = -1, 0
+FOREMOST, URGENT, ORDINARY = -2, -1, 0
 """Priorities of streams: a kernel of an urgent one starts before the blocks of an ordinary one that
-wait for a place, however many they are."""
+wait for a place, however many they are, and one of the foremost before both."""
 
 
 class SideStreams:

@@ -234,9 +234,13 @@ class DecodeEngine:
         with self._aside.beside(0):
             # what waits for no choice
             ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
-            if shape.tail == "second":
+        self._refine(layer, scratch, shape, fetched=number)
+        if shape.tail == "second":
+            with self._aside.beside(0):
+                # what waits for no choice either, beside the last ranking, which leaves the device
+                # idle; beside a refinement, which does not, it would delay it
                 ops.value_slope(q, pages, counters, scratch, shape)
-        self._choose(layer, scratch, shape, fetched=number)
+        self._select(layer, scratch, shape)
         self._fetches.wait_resolved()
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         self._fetches.start(number, shape)
@@ -255,11 +259,12 @@ class DecodeEngine:
         q = query[:, :, 0].contiguous()
         with self._fetches.guessing(number, q) as scratch:
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
-            self._choose(layer, scratch, shape)
+            self._refine(layer, scratch, shape)
+            self._select(layer, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, purpose=LATER)
             ops.fetch(self.arena, pool, scratch, shape)
 
-    def _choose(
+    def _refine(
         self,
         layer: DeviceLayer,
         scratch: StepScratch,
@@ -267,18 +272,22 @@ class DecodeEngine:
         *,
         fetched: int | None = None,
     ) -> None:
-        """From scores to the pages in `scratch.chosen`. What is likely to be chosen is fetched
-        meanwhile, if `fetched` is the number of the layer."""
-        counters, limits, ops, pages = self.counters, self.limits, self.ops, layer.pages
+        """From scores to refined ranks. What is likely to be chosen is fetched meanwhile, if
+        `fetched` is the number of the layer."""
+        counters, ops, pages = self.counters, self.ops, layer.pages
         for stage in FIRST, SECOND:
-            ops.rank_pages(pages, counters, limits, scratch, shape, stage=stage)
+            ops.rank_pages(pages, counters, self.limits, scratch, shape, stage=stage)
             if fetched is not None:
                 self._fetches.start_likely(fetched, shape, stage=stage)
             ops.refine(pages, counters, scratch, shape, stage=stage)
             if fetched is not None:
                 self._fetches.wait_listed()
-        ops.rank_pages(pages, counters, limits, scratch, shape, stage=FINAL)
-        ops.select(counters, limits, scratch, shape)
+
+    def _select(self, layer: DeviceLayer, scratch: StepScratch, shape: StepShape) -> None:
+        """From refined ranks to the pages in `scratch.chosen`."""
+        counters, limits = self.counters, self.limits
+        self.ops.rank_pages(layer.pages, counters, limits, scratch, shape, stage=FINAL)
+        self.ops.select(counters, limits, scratch, shape)
 
     def advance(self) -> None:
         """The end of a step, on the device."""

@@ -52,7 +52,7 @@ class PageFetches:
         self.layers, self.arena, self.scratch, self.ops = layers, arena, scratch, ops
         self.counters, self.limits, self.config = counters, limits, config
         self._device = counters.device
-        self._streams = SideStreams((URGENT, FOREMOST, ORDINARY), self._device)
+        self._streams = SideStreams((FOREMOST, FOREMOST, ORDINARY), self._device)
         self._listed: torch.cuda.Event | None = None
         self._needed: torch.cuda.Event | None = None
         self._resolved: torch.cuda.Event | None = None

@@ -234,11 +234,10 @@ class DecodeEngine:
         with self._aside.beside(0):
             # what waits for no choice
             ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=False)
-        self._refine(layer, scratch, shape, fetched=number)
+        self._refine(number, scratch, shape, fetches=True)
         if shape.tail == "second":
             with self._aside.beside(0):
-                # what waits for no choice either, beside the last ranking, which leaves the device
-                # idle; beside a refinement, which does not, it would delay it
+                # nor does this; beside a refinement, which fills the device, it would delay it
                 ops.value_slope(q, pages, counters, scratch, shape)
         self._select(layer, scratch, shape)
         self._fetches.wait_resolved()
@@ -259,28 +258,22 @@ class DecodeEngine:
         q = query[:, :, 0].contiguous()
         with self._fetches.guessing(number, q) as scratch:
             ops.score(q, None, None, None, layer.steady, pages, counters, scratch, shape)
-            self._refine(layer, scratch, shape)
+            self._refine(number, scratch, shape, fetches=False)
             self._select(layer, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, purpose=LATER)
             ops.fetch(self.arena, pool, scratch, shape)
 
     def _refine(
-        self,
-        layer: DeviceLayer,
-        scratch: StepScratch,
-        shape: StepShape,
-        *,
-        fetched: int | None = None,
+        self, number: int, scratch: StepScratch, shape: StepShape, *, fetches: bool
     ) -> None:
-        """From scores to refined ranks. What is likely to be chosen is fetched meanwhile, if
-        `fetched` is the number of the layer."""
-        counters, ops, pages = self.counters, self.ops, layer.pages
+        """From scores to refined ranks; `fetches`: what is likely to be chosen, meanwhile."""
+        counters, ops, pages = self.counters, self.ops, self.layers[number].pages
         for stage in FIRST, SECOND:
             ops.rank_pages(pages, counters, self.limits, scratch, shape, stage=stage)
-            if fetched is not None:
-                self._fetches.start_likely(fetched, shape, stage=stage)
+            if fetches:
+                self._fetches.start_likely(number, shape, stage=stage)
             ops.refine(pages, counters, scratch, shape, stage=stage)
-            if fetched is not None:
+            if fetches:
                 self._fetches.wait_listed()
 
     def _select(self, layer: DeviceLayer, scratch: StepScratch, shape: StepShape) -> None:

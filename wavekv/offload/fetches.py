@@ -29,7 +29,7 @@ from wavekv.kernels.step import (
 )
 from wavekv.offload.device_layer import DeviceLayer
 from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
-from wavekv.offload.streams import FOREMOST, ORDINARY, URGENT, SideStreams
+from wavekv.offload.streams import FOREMOST, ORDINARY, SideStreams
 
 _NOW, _LIKELY, _LATER = range(3)
 

@@ -125,7 +125,8 @@ def retrieval_steps(
 ) -> Result:
     """Time steps over a filled context, whose settings are those of its runtime."""
     say(f"walk with {args.reuse:.0%} reuse, prefetch {args.prefetch}")
-    steps = WalkedSteps(model, filled.layers, *walks(args, model, batch))
+    walk, guesses = walks(args, model, batch)
+    steps = WalkedSteps(model, filled.layers, walk, guesses)
     engine = steps.engine
     say(f"captured; pool of {engine.shape.slots} slots, {engine.shape.most} pages a step at most")
     for _ in range(WARM_UPS):
@@ -151,7 +152,8 @@ def retrieval_steps(
         tokens,
         batch,
         times,
-        device_bytes=peak_bytes(model, held),
+        # the queries are the benchmark's, not the system's
+        device_bytes=peak_bytes(model, held) - _queries_bytes(walk, guesses),
         host_bytes=filled.num_pages * filled.page_bytes,
         bytes_read=weight_bytes(model) + sum(read.values()),
         extra=extra | {"bytes_read_of": read},
@@ -229,6 +231,13 @@ def walks(args: Namespace, model: LlamaForCausalLM, batch: int) -> tuple[Tensor,
         return walk, None
     cosine = args.early_cosine
     return walk, cosine * walk + sqrt(1 - cosine**2) * noise
+
+
+def _queries_bytes(walk: Tensor, guesses: Tensor | None) -> int:
+    """What queries take of the device memory whose peak is counted: nothing on a CPU."""
+    if not walk.is_cuda:
+        return 0
+    return walk.nbytes + (guesses.nbytes if guesses is not None else 0)
 
 
 def settings_of(args: Namespace, filled: FilledContexts) -> dict[str, Any]:

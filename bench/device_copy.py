@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from wavekv import OffloadedCache, OffloadedKV
+from wavekv.kernels.page_index import PageIndex
 from wavekv.offload import LayerContext, OffloadRuntime
-from wavekv.offload.paged import _PARTS
 
 CPU = torch.device("cpu")
 
@@ -41,9 +41,9 @@ def _context_on_cpu(source: LayerContext, runtime: OffloadRuntime) -> LayerConte
     ids = mine.arena.allocate(old_ids.numel())
     mine.page_ids.append(ids.view(old_ids.shape))
     mine.arena.write(ids, theirs.arena.read(old_ids.flatten()), theirs.counts.view.flatten())
-    for name in _PARTS:
-        if name != "page_ids":
-            getattr(mine, name).append(getattr(theirs, name).view.cpu())
+    for name in ("counts", "token_ids"):
+        getattr(mine, name).append(getattr(theirs, name).view.cpu())
+    mine.index.append(PageIndex._make(part.cpu() for part in theirs.index.view))
     mine.scatter.spans.append(theirs.scatter.spans.view.cpu())
     mine.segments = list(theirs.segments)
     return context

@@ -116,7 +116,7 @@ def test_json_is_one_flat_enough_object() -> None:
 
 
 def test_a_step_waits_for_the_longer_of_bus_and_kernels() -> None:
-    read = StepBytes(10**9, 10**8, 10**8, 10**8, 10**7, 10**6, fetched=0)
+    read = StepBytes(10**9, 10**8, 10**8, 10**8, 10**8, 10**7, 10**6, fetched=0)
     options = {"is_compiled": True, "is_captured": True}
     free = decode_step(read, 8, 8, H100.rates, **options)
     assert free.floor == pytest.approx(read.read / 3017e9)

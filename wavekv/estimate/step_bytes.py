@@ -26,11 +26,13 @@ class StepBytes:
 
     weights: int
     ranking: int
-    """Blocks, mean keys, variances and counts; scores written and read."""
+    """Blocks, mean keys, variances and counts."""
+    scores: int
+    """Log masses and ranks: what kernels write and others read."""
     codes: int
     """The high plane of candidates, both of finalists."""
     estimating: int
-    """Mean values of candidates, the scatter; scores read again."""
+    """Mean values of candidates, the scatter."""
     pages: int
     """That are attended to."""
     steady: int
@@ -39,7 +41,7 @@ class StepBytes:
 
     @property
     def read(self) -> int:
-        """All but what is fetched: at least so much is read."""
+        """All but what is fetched, or left from kernel to kernel: at least so much is read."""
         ranking = self.ranking + self.codes
         return self.weights + ranking + self.estimating + self.pages + self.steady
 
@@ -67,8 +69,8 @@ def step_bytes(
     pool_page = cache.layout.dense_bytes
     local = shape.num_tokens - N * page
     # of a page, numbers of four bytes: the log mass of each query head is written, and read in each
-    # of three stages; ranks are of a KV head, written and read in each
-    scores, ranks = 4 * rows * N * shape.group, 4 * rows * N
+    # of three stages and by the estimate; ranks are of a KV head, written and read in each stage
+    masses, ranks = 4 * rows * N * shape.group, 4 * rows * N
     ranking = index["mean keys"] + index["variances"] + index["counts"]
     blocks = index["blocks"]
     scatter = index["scatter"] if config.tail_estimate == "second" else 0
@@ -79,10 +81,11 @@ def step_bytes(
         fetched = round(rows * most * share) * cache.layout.page_bytes
     return StepBytes(
         weights=weights,
-        ranking=ranking + blocks + 4 * scores + 6 * ranks,
+        ranking=ranking + blocks,
+        scores=5 * masses + 6 * ranks,
         codes=(index["high codes"] * (candidates + finalists) + index["low codes"] * finalists)
         // max(1, N),
-        estimating=index["mean values"] * candidates // max(1, N) + scatter + scores,
+        estimating=index["mean values"] * candidates // max(1, N) + scatter,
         pages=rows * most * pool_page,
         steady=rows * local * pool_page // page + windows,
         fetched=fetched,

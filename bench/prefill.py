@@ -212,7 +212,7 @@ def main() -> None:
     model = random_decoder(config, args.device, dtype, args.seed)
     if args.chunk is None:
         wrapped = OffloadedKV(model, offload_config(args))
-        plan = plan_prefill(model, wrapped.new_cache(), args.batch, max(args.tokens))
+        plan = plan_prefill(model, wrapped.new_cache(), args.batch, max(args.contexts))
         args.chunk = plan.chunk
         wrapped.unwrap()
     record: dict[str, Any] = {

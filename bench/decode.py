@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparison import add_comparison_flags, context_name, parse_flags
 from decode_baselines import dynamic_cache, full_attention, offloaded_cache
 from decode_model import (
-    SHAPES,
     copy_bandwidth,
     decoder_config,
     random_decoder,
@@ -54,22 +54,6 @@ LABELS = {
     "exact": "wavekv, all pages streamed",
 }
 KERNELS_SHOWN = 25
-UNITS = {"K": 1 << 10, "M": 1 << 20}
-
-
-def context_length(text: str) -> int:
-    """Tokens of "131072", "128K" or "1M"."""
-    text = text.strip().upper()
-    factor = UNITS.get(text[-1:], 1)
-    return int(text[:-1] if factor > 1 else text) * factor
-
-
-def context_name(tokens: int) -> str:
-    """The shortest of the forms that `context_length` reads."""
-    for unit, size in reversed(UNITS.items()):
-        if tokens % size == 0:
-            return f"{tokens // size}{unit}"
-    return str(tokens)
 
 
 def run_system(name: str, args: argparse.Namespace, model: LlamaForCausalLM, tokens: int) -> Result:
@@ -176,29 +160,16 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contexts", default="32K,128K", help="lengths such as 32K,128K,1M")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, help="default: those of the shape")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b" if on_cuda else "tiny")
-    parser.add_argument("--which", default=",".join(SYSTEMS), help="systems, in this order")
+    add_comparison_flags(parser, SYSTEMS, "32K,128K", Path("bench/results/decode.json"))
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=50, help="fewer where a step is slow")
-    parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
     parser.add_argument(
         "--compile", action="store_true", help="norms, rotary and MLP compiled, in all systems"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/decode.json"))
     parser.add_argument("--plot", type=Path)
     add_flags(parser)
-    args = parser.parse_args()
-    args.which = [name.strip() for name in args.which.split(",")]
-    args.contexts = [context_length(text) for text in args.contexts.split(",")]
-    unknown = [name for name in args.which if name not in SYSTEMS]
-    if unknown:
-        parser.error(f"unknown systems {unknown}; there are {list(SYSTEMS)}")
+    args = parse_flags(parser, SYSTEMS)
     args.is_sweep = bool(args.sweep_reuse or args.sweep_prefetch)
     if args.profile and (args.is_sweep or len(args.contexts) > 1):
         parser.error("--profile wants one context and no sweep")

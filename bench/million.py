@@ -22,7 +22,8 @@ import decode_ours
 import million_decode
 import million_prefill
 import torch
-from decode import HEADER, as_row, context_length, context_name, table_line
+from comparison import context_length, context_name
+from decode import HEADER, as_row, table_line
 from decode_model import SHAPES, copy_bandwidth, decoder_config, random_decoder, release_memory
 from decode_result import Result
 from machine import machine_record

@@ -19,9 +19,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from decode import context_length, context_name
+from comparison import add_comparison_flags, context_name, parse_flags
 from decode_baselines import peak_bytes, start_peak
-from decode_model import SHAPES, decoder_config, layer_kv_bytes, random_decoder, release_memory
+from decode_model import decoder_config, layer_kv_bytes, random_decoder, release_memory
 from decode_result import Result
 from machine import machine_record
 from prefill_full import BufferedPrefill
@@ -170,29 +170,15 @@ HEADER = (
 
 
 def parse() -> argparse.Namespace:
-    on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--contexts", default="128K", help="lengths such as 32K,128K,1M")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--layers", type=int, help="default: those of the shape")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b" if on_cuda else "tiny")
-    parser.add_argument("--which", default=",".join(SYSTEMS), help="systems, in this order")
+    add_comparison_flags(parser, SYSTEMS, "128K", Path("bench/results/prefill.json"))
     parser.add_argument("--chunk", type=int, help="default: what wavekv would choose")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if on_cuda else "cpu")
     parser.add_argument("--cpu-budget", type=size, default=0.8, help="see OffloadConfig")
     parser.add_argument("--device-budget", type=size, default=0.9, help="see OffloadConfig")
     parser.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
     parser.add_argument("--progress", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("bench/results/prefill.json"))
-    args = parser.parse_args()
-    args.which = [name.strip() for name in args.which.split(",")]
-    args.contexts = [context_length(text) for text in args.contexts.split(",")]
-    unknown = [name for name in args.which if name not in SYSTEMS]
-    if unknown:
-        parser.error(f"unknown systems {unknown}; there are {list(SYSTEMS)}")
-    return args
+    return parse_flags(parser, SYSTEMS)
 
 
 def size(text: str) -> float | str:

@@ -1,4 +1,4 @@
-"""Writes docs/support.md from the matrix that test_models.py runs: `python <this file>`."""
+"""Writes docs/support.md from the matrix that test_families.py runs: `python <this file>`."""
 
 from __future__ import annotations
 

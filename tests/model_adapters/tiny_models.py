@@ -1,6 +1,6 @@
 """Tiny random models of every family the tests cover, and what each is expected to do.
 
-`FAMILIES` is the matrix: `test_models.py` runs it and `support_table.py` prints it.
+`FAMILIES` is the matrix: `test_families.py` runs it and `support_table.py` prints it.
 """
 
 from __future__ import annotations
@@ -140,6 +140,8 @@ FAMILIES = (
     Family("qwen3_5_text", "full and linear", _LINEAR, _STATEFUL),
 )
 BY_TYPE = {family.model_type: family for family in FAMILIES}
+EVERY_KIND = ["llama", "gpt2", "gemma3_text", "llama4_text", "qwen3_next"]
+"""One family for each kind of layer that wavekv leaves alone, and one with absolute positions."""
 
 
 def make_model(model_type: str, attention: str = "eager", **changes: Any) -> PreTrainedModel:

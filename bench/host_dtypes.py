@@ -33,6 +33,7 @@ from wavekv.model_adapters.bundled import load_demo_model, load_demo_tokenizer
 from wavekv.offload import Logits
 from wavekv.offload.attention import attend_step
 from wavekv.offload.counters import Counters
+from wavekv.offload.streaming import StreamBuffers
 
 ROOT = Path(__file__).parent.parent
 HOST_DTYPES = ("model", "int8", "int4", "int4-int2")
@@ -110,12 +111,14 @@ def measure_errors(
             query = context.counters.last_query
             scale = Logits(query.shape[-1] ** -0.5)
             config = cache.config.override(mode="exact")
-            truth = attend_step(query, context.steady, context.paged, scale, config, Counters())[0]
+            zones = context.steady, context.paged
+            truth = attend_step(query, *zones, scale, config, Counters(), StreamBuffers())[0]
             for host_dtype, copy in copies.items():
                 paged = copy.offloaded_layers[number].context.paged
                 for mode in MODES:
                     config = cache.config.override(mode=mode)
-                    out = attend_step(query, context.steady, paged, scale, config, Counters())[0]
+                    zones = context.steady, paged
+                    out = attend_step(query, *zones, scale, config, Counters(), StreamBuffers())[0]
                     tallies[host_dtype, mode].errors += (
                         relative_error(out, truth).flatten().tolist()
                     )

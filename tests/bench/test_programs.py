@@ -17,6 +17,7 @@ BENCH = Path(__file__).parents[2] / "bench"
 TINY = ("--device", "cpu", "--shape", "tiny", "--layers", "2")
 STEPS = ("--steps", "4", "--repeats", "2", "--warmup", "1")
 BUNDLED = ("--tokens", "2048", "--questions", "1")
+FEW = ("--tokens", "2048", "--contexts", "1", "--per-context", "1")
 PROGRAMS = {
     "million decode": (
         *("million.py", "decode", *TINY, *STEPS, "--tokens", "4K", "--budgets", "0.02"),
@@ -27,6 +28,8 @@ PROGRAMS = {
     "misses": ("misses.py", *BUNDLED, "--caps", "8"),
     "reuse": ("reuse.py", *BUNDLED, "--further", "1"),
     "device tokens": ("device_tokens.py", *BUNDLED, "--device", "cpu"),
+    "accuracy": ("accuracy.py", *FEW, "--table", "table.md"),
+    "host dtypes": ("host_dtypes.py", *FEW, "--table", "table.md"),
 }
 
 
@@ -43,9 +46,10 @@ def numbers_of(value: Any) -> Iterator[float]:
 
 def run(program: str, *flags: str, out: Path) -> Any:
     """What a benchmark writes to `out`."""
-    command = [sys.executable, BENCH / program, *flags, "--json", out]
+    to = "--out" if "--table" in flags else "--json"
+    command = [sys.executable, BENCH / program, *flags, to, out]
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out.parent)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return json.loads(out.read_text())
 

@@ -1,14 +1,17 @@
-"""What the benchmarks of systems at several context lengths share: their flags, and lengths as
-text."""
+"""What the benchmarks of systems at several context lengths share: their flags, lengths as text,
+and what becomes of a system that does not fit."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
-from decode_model import SHAPES
+from decode_model import SHAPES, release_memory
+from decode_result import Result
+
+from wavekv.errors import CapacityError
 
 UNITS = {"K": 1 << 10, "M": 1 << 20}
 
@@ -26,6 +29,27 @@ def context_name(tokens: int) -> str:
         if tokens % size == 0:
             return f"{tokens // size}{unit}"
     return str(tokens)
+
+
+def share_or_size(text: str) -> float | str:
+    """A share, or text such as "8GiB"."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def attempted(
+    run: Callable[[], Result], name: str, tokens: int, batch: int, settings: str = ""
+) -> Result:
+    """What `run` returns, or where memory does not suffice a result without times whose notes are
+    `settings` and why. What it held is released."""
+    try:
+        result = run()
+    except (torch.OutOfMemoryError, CapacityError) as error:
+        result = Result(name, tokens, batch, notes=f"{settings}{str(error).splitlines()[0]}")
+    release_memory()
+    return result
 
 
 def add_comparison_flags(

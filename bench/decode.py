@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from comparison import add_comparison_flags, context_name, parse_flags
+from comparison import add_comparison_flags, attempted, context_name, parse_flags
 from decode_baselines import dynamic_cache, full_attention, offloaded_cache
 from decode_model import (
     copy_bandwidth,
@@ -34,7 +35,6 @@ from decode_result import Result
 from machine import machine_record
 from transformers import LlamaForCausalLM
 
-from wavekv.errors import CapacityError
 from wavekv.model_adapters.fusion import fused_parts
 
 System = Callable[[argparse.Namespace, LlamaForCausalLM, int, int], Result]
@@ -56,26 +56,15 @@ LABELS = {
 KERNELS_SHOWN = 25
 
 
-def run_system(name: str, args: argparse.Namespace, model: LlamaForCausalLM, tokens: int) -> Result:
-    """One system at one context; a result without times where memory runs out."""
-    try:
-        result = SYSTEMS[name](args, model, tokens, args.batch)
-    except torch.OutOfMemoryError as error:
-        notes = f"out of device memory: {str(error).splitlines()[0]}"
-        result = Result(name, tokens, args.batch, notes=notes)
-    except CapacityError as error:
-        result = Result(name, tokens, args.batch, notes=str(error))
-    release_memory()
-    return result
-
-
 def results(args: argparse.Namespace, model: LlamaForCausalLM, tokens: int) -> Iterator[Result]:
     """All that is wanted at one context."""
     if args.is_sweep:
         yield from sweep(args, model, tokens, args.batch)
         release_memory()  # of the context, which the sweep held to its end
     else:
-        yield from (run_system(name, args, model, tokens) for name in args.which)
+        for name in args.which:
+            run = partial(SYSTEMS[name], args, model, tokens, args.batch)
+            yield attempted(run, name, tokens, args.batch)
 
 
 def as_row(result: Result, bandwidth: float) -> dict[str, Any]:

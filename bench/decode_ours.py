@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import torch
+from comparison import attempted, share_or_size
 from decode_baselines import peak_bytes, start_peak
 from decode_figures import engine_bytes, long_run, paging, reuse_seen
 from decode_fill import FilledContexts, fill_contexts, say
@@ -26,7 +28,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from wavekv.config import OffloadConfig
-from wavekv.errors import CapacityError
 from wavekv.kvstore import CODEC_BITS
 from wavekv.model_adapters.attention import NAME, register
 from wavekv.model_adapters.cache import OffloadedCache
@@ -47,7 +48,7 @@ def add_flags(parser: ArgumentParser) -> None:
     group.add_argument("--refine", type=int, default=12)
     group.add_argument("--prefetch", choices=PREFETCHES, default="none")
     group.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
-    group.add_argument("--device-budget", default="0.9", help="see OffloadConfig")
+    group.add_argument("--device-budget", type=share_or_size, default=0.9, help="see OffloadConfig")
     group.add_argument("--max-misses", type=int, help="pages fetched by a KV head in a step")
     group.add_argument("--steps", type=int, default=256, help="steps that are timed")
     group.add_argument(
@@ -75,16 +76,9 @@ def offload_config(args: Namespace, **changes: Any) -> OffloadConfig:
         "prefetch": args.prefetch,
         "max_misses": args.max_misses,
         "host_dtype": args.host_dtype,
-        "device_budget": _share_or_size(args.device_budget),
+        "device_budget": args.device_budget,
     }
     return OffloadConfig(**settings | changes)
-
-
-def _share_or_size(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def retrieval(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> Result:
@@ -111,13 +105,9 @@ def sweep(args: Namespace, model: LlamaForCausalLM, tokens: int, batch: int) -> 
         some = Namespace(**vars(args) | {"reuse": reuse, "prefetch": prefetch})
         filled.renew(offload_config(some))
         start_peak(model)
-        try:
-            result = retrieval_steps(some, model, filled, tokens, batch)
-        except (torch.OutOfMemoryError, CapacityError) as error:
-            notes = f"reuse {reuse}, prefetch {prefetch}: {str(error).splitlines()[0]}"
-            result = Result("retrieval", tokens, batch, notes=notes)
-        release_memory()
-        yield result
+        run = partial(retrieval_steps, some, model, filled, tokens, batch)
+        settings = f"reuse {reuse}, prefetch {prefetch}: "
+        yield attempted(run, "retrieval", tokens, batch, settings)
 
 
 def retrieval_steps(

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from functools import partial
 
 import torch
+from comparison import attempted, share_or_size
 from decode_baselines import full_attention, start_peak
 from decode_figures import engine_bytes
 from decode_fill import FilledContexts, fill_contexts, say
@@ -20,7 +22,6 @@ from needles import Needles, draw_needles, figures, page_of
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from wavekv.errors import CapacityError
 from wavekv.index import relative_error
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.offload import OffloadRuntime
@@ -33,7 +34,11 @@ def add_flags(parser: ArgumentParser) -> None:
     """The flags of this part."""
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.02, 0.01, 0.005])
     parser.add_argument(
-        "--device-budgets", nargs="+", default=["0.9", "26GiB"], help="of which the first has all"
+        "--device-budgets",
+        type=share_or_size,
+        nargs="+",
+        default=[0.9, "26GiB"],
+        help="of which the first has all",
     )
     parser.add_argument("--prefetches", nargs="+", default=["none", "runners-up"])
     parser.add_argument("--exact", action="store_true", help="time a step that streams all pages")
@@ -65,12 +70,9 @@ def decode_rows(args: Namespace, model: LlamaForCausalLM, tokens: int) -> Iterat
             some = Namespace(**vars(args) | {"budget": budget, "prefetch": prefetch})
             filled.renew(offload_config(some))
             start_peak(model)
-            try:
-                yield retrieval_steps(some, model, filled, tokens, 1)
-            except (torch.OutOfMemoryError, CapacityError) as error:
-                notes = f"budget {budget}, prefetch {prefetch}: {str(error).splitlines()[0]}"
-                yield Result("retrieval", tokens, 1, notes=notes)
-            release_memory()
+            run = partial(retrieval_steps, some, model, filled, tokens, 1)
+            settings = f"budget {budget}, prefetch {prefetch}: "
+            yield attempted(run, "retrieval", tokens, 1, settings)
         if device_budget == first:
             filled.renew(offload_config(some, prefetch="none"))
             yield checks(some, model, filled, needles, tokens)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from comparison import share_or_size
 from decode_baselines import peak_bytes, start_peak
 from decode_fill import say
 from decode_model import INIT_STD, layer_kv_bytes, release_memory, time_steps, weight_bytes
@@ -36,7 +37,7 @@ WARM_UP_CHUNKS = 2
 def add_flags(parser: ArgumentParser) -> None:
     """The flags of this part."""
     parser.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
-    parser.add_argument("--device-budget", default="0.9", help="share or size")
+    parser.add_argument("--device-budget", type=share_or_size, default=0.9, help="share or size")
     parser.add_argument("--budget", type=float, default=0.02)
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--skip-full", action="store_true", help="without the yardstick")
@@ -44,9 +45,9 @@ def add_flags(parser: ArgumentParser) -> None:
 
 def prefill_rows(args: Namespace, model: LlamaForCausalLM, tokens: int) -> Iterator[Result]:
     """Our prefill, our steps with their checks, and the yardstick of the prefill."""
-    settings = {"host_dtype": args.host_dtype, "budget": args.budget, "compile": args.compile}
-    budget = args.device_budget
-    settings["device_budget"] = float(budget) if budget.replace(".", "").isdigit() else budget
+    settings = {
+        name: getattr(args, name) for name in ("host_dtype", "budget", "compile", "device_budget")
+    }
     wrapped = OffloadedKV(model, OffloadConfig(**settings))
     chunk = plan_prefill(model, wrapped.new_cache(), 1, tokens).chunk
     generator = torch.Generator(model.device).manual_seed(args.seed)

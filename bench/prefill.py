@@ -14,12 +14,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from comparison import add_comparison_flags, context_name, parse_flags
+from comparison import add_comparison_flags, attempted, context_name, parse_flags, share_or_size
 from decode_baselines import peak_bytes, start_peak
 from decode_model import decoder_config, layer_kv_bytes, random_decoder, release_memory
 from decode_result import Result
@@ -29,7 +30,6 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from wavekv import OffloadConfig, OffloadedKV
-from wavekv.errors import CapacityError
 from wavekv.kvstore import CODEC_BITS
 from wavekv.model_adapters.prefill_plan import plan_prefill
 
@@ -137,19 +137,6 @@ def flops(model: LlamaForCausalLM, tokens: int, batch: int) -> float:
     return 2.0 * batch * tokens * (linear + attention * tokens)
 
 
-def measured(args: argparse.Namespace, model: LlamaForCausalLM, name: str, tokens: int) -> Result:
-    """One system at one length; without times where it does not fit."""
-    try:
-        result = SYSTEMS[name](args, model, tokens)
-    except torch.OutOfMemoryError as error:
-        notes = f"out of device memory: {str(error).splitlines()[0]}"
-        result = Result(name, tokens, args.batch, notes=notes)
-    except CapacityError as error:
-        result = Result(name, tokens, args.batch, notes=str(error))
-    release_memory()
-    return result
-
-
 def table_line(result: Result) -> str:
     """A row of the table."""
     head = f"{result.name:<8}{context_name(result.tokens):>8}{result.batch:>6}"
@@ -174,19 +161,13 @@ def parse() -> argparse.Namespace:
     add_comparison_flags(parser, SYSTEMS, "128K", Path("bench/results/prefill.json"))
     parser.add_argument("--chunk", type=int, help="default: what wavekv would choose")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--cpu-budget", type=size, default=0.8, help="see OffloadConfig")
-    parser.add_argument("--device-budget", type=size, default=0.9, help="see OffloadConfig")
+    parser.add_argument("--cpu-budget", type=share_or_size, default=0.8, help="see OffloadConfig")
+    parser.add_argument(
+        "--device-budget", type=share_or_size, default=0.9, help="see OffloadConfig"
+    )
     parser.add_argument("--host-dtype", choices=("model", *CODEC_BITS), default="model")
     parser.add_argument("--progress", action="store_true")
     return parse_flags(parser, SYSTEMS)
-
-
-def size(text: str) -> float | str:
-    """A share, or text such as "8GiB"."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def main() -> None:
@@ -217,7 +198,8 @@ def main() -> None:
     args.json.parent.mkdir(parents=True, exist_ok=True)
     for tokens in args.contexts:
         for name in args.which:
-            result = measured(args, model, name, tokens)
+            run = partial(SYSTEMS[name], args, model, tokens)
+            result = attempted(run, name, tokens, args.batch)
             print(table_line(result), flush=True)
             row = asdict(result)
             record["rows"].append(row | row.pop("extra"))

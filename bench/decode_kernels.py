@@ -20,7 +20,8 @@ from machine import machine_record
 from torch import Tensor
 
 from wavekv.index import page_scatter
-from wavekv.index.levels import BLOCK_PAGES, index_of_pages, num_finalists
+from wavekv.index.levels import index_of_pages, num_finalists
+from wavekv.index.params import BLOCK_PAGES
 from wavekv.kernels import cuda
 from wavekv.kernels.page_index import PageIndex
 from wavekv.kernels.step import (

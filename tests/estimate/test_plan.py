@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from wavekv.config import OffloadConfig
 from wavekv.errors import ConfigError
-from wavekv.estimate import Estimate, estimate
+from wavekv.estimate import Estimate, estimate, read_model
 from wavekv.estimate.decode import _FIRST_RANKING, decode_step
 from wavekv.estimate.fit import STEP, longest_that_fits
 from wavekv.estimate.model import ModelShape, model_shape
@@ -207,3 +207,17 @@ def test_nothing_is_fetched_in_vain_without_slots_for_it() -> None:
 def test_the_longest_that_fits_is_found(limit: int, asked: int) -> None:
     found = longest_that_fits(lambda tokens: tokens <= limit * STEP, asked * STEP)
     assert found == min(limit, asked - 1) * STEP
+
+
+def test_nothing_is_fetched_in_vain_where_misses_are_bounded() -> None:
+    free, bounded = (
+        estimate(
+            read_model("llama-3.1-8b"),
+            OffloadConfig(max_misses=most),
+            H100,
+            num_tokens=1 << 17,
+            batch=1,
+        )
+        for most in (None, 1 << 17)
+    )
+    assert bounded.bus_bytes < free.bus_bytes

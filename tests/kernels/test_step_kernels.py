@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         "kv_heads": 1,
     },
     "head of 128, pages of 16": {"head_dim": 128, "page_size": 16, "group": 4},
+    "head of 192": {"head_dim": 192, "kv_heads": 1, "num_pages": 256},
     "head of 256": {"head_dim": 256, "kv_heads": 1, "seed": 1},
     "pages of 4": {"page_size": 4},
     "few misses allowed": {"misses": 5},

@@ -18,6 +18,9 @@ REUSE = 0.66
 between."""
 _IN_VAIN = 0.3
 """Of the pages that rank highest at first, those that are not chosen in the end."""
+_FOUND_OF_THEM = 0.85
+"""How much of these a pool has, as a share of what it has of the chosen ones: at a million tokens
+72 % where that is 85."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,9 @@ def step_bytes(
     fetched = 0
     if slots is not None:
         found = hit_rate(slots, most, N) if hits is None or slots < most else hits
-        share = 1 - found + fetched_in_vain(slots, most, found)
+        # where misses are bounded, nothing is fetched before it is chosen
+        in_vain = 0.0 if config.max_misses else fetched_in_vain(slots, most, found)
+        share = 1 - found + in_vain
         fetched = round(rows * most * share) * cache.layout.page_bytes
     return StepBytes(
         weights=weights,
@@ -104,9 +109,8 @@ def hit_rate(slots: int, most: int, num_pages: int) -> float:
 
 def fetched_in_vain(slots: int, most: int, found: float) -> float:
     """Pages that are fetched ahead and not chosen, as a share of the budget: of those that rank
-    highest at first. The pool has fewer of these than of the chosen ones, of which it has `found`:
-    at a million tokens 72 % where it has 85."""
+    highest at first, those that the pool lacks, which has `found` of the chosen ones."""
     if slots < most:
         return 0.0
     early = min(LIKELY_SHARES[0], (slots / most - 1) / len(LIKELY_SHARES))
-    return _IN_VAIN * early * (1 - found * HIT_RATE)
+    return _IN_VAIN * early * (1 - found * _FOUND_OF_THEM)

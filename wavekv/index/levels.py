@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wavekv.index.params import BLOCK_PAGES
 from wavekv.index.statistics import page_statistics
 from wavekv.kernels import select, value_slope
 from wavekv.kernels.levels import estimate_levels, refine_levels, score_levels
 from wavekv.kernels.page_index import PageIndex, encode_index
 
-BLOCK_PAGES = 16
-"""Pages of a block, where segments have as many."""
 FINALISTS = 4
 """Both planes of the codes are read for one in so many of the candidates."""
 

@@ -8,7 +8,8 @@ from typing import Any
 from wavekv.errors import ConfigError
 
 BLOCK_PAGES = 16
-"""Pages whose means lie together; no segment has fewer."""
+"""Pages of a block, whose means lie together; a cache whose segments have fewer makes smaller ones
+(`wavekv.index.levels.block_pages`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

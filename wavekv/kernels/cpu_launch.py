@@ -11,7 +11,6 @@ from torch import Tensor
 from wavekv.kernels.cpu_math import BFLOAT16, FLOAT16, FLOAT32
 
 DTYPE_CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
-NO_VIEW = (0, 0, 0, 0, 0)
 
 # numba's workqueue threading layer crashes when two threads launch at once.
 _LAUNCH = threading.Lock()

@@ -5,8 +5,8 @@ high bits alone, `h`, for `(h - (2^nh - 1) / 2) 2^nl step`, the middle of what t
 
 A plane of b bits is made of 32-bit words of 32 / b dimensions each: `(word >> b k) & mask` leaves
 one dimension in each byte, four dimensions for every k. The words of several rows lie side by side:
-the first of every row, then the second. So integer dot products of four (`dp4a`, `vpdpbusd`) read a
-plane in its order, with a query whose int8 components lie in their natural order.
+the first of every row, then the second. So integer dot products of four (`vpdpbusd`, int8 tensor
+cores) read a plane in its order, with a query whose int8 components lie in their natural order.
 """
 
 from __future__ import annotations

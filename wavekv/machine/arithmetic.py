@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from wavekv.index.levels import BLOCK_PAGES
+from wavekv.index.params import BLOCK_PAGES
 from wavekv.kernels.block import attend_block
 from wavekv.machine.clock import best_device_seconds, best_seconds
 from wavekv.offload.builder import form_pages

@@ -2,8 +2,8 @@
 
 Three streams: one for pages that the step waits for, one that finds which of them are likely to be
 chosen while ranking goes on (before the kernels of ranking that fill the device: the bus waits for
-it), one for pages of a later layer or step. What a layer fetches for the
-next step begins when what it waits for is there, so that the two do not share the bus.
+it), one for pages of a later layer or step. What a layer fetches for the next step begins when what
+it waits for is there, so that the two do not share the bus.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def all_mean_products(
     COLUMNS: tl.constexpr = even[0].shape[2]
     PARTS: tl.constexpr = K // PART
     word = 4 * tl.arange(0, QUADS)[:, None] + tl.arange(0, 4)[:, None, None, None, None, None]
-    if WORDS % 4 != 0:
+    if WORDS < 4 * QUADS:
         # there the query is zero
         word = tl.where(word < WORDS, word, 0)
     # integers from here on are floats of the same bits: their last bit counts one

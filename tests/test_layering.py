@@ -2,6 +2,7 @@
 
     cli, server -> model_adapters -> offload -> {index, kvstore} -> kernels
     cli -> estimate -> machine -> offload
+    model_adapters, remote -> saved -> kernels
 
 The check reads source and runs none of it, so it sees imports inside functions, under
 `if TYPE_CHECKING` and behind `try`, on machines that could not execute them.
@@ -27,13 +28,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors"},
     "index": {"kernels"} | COMMON,
     "kvstore": {"kernels"} | COMMON,
+    "saved": {"kernels"} | COMMON,
+    "remote": {"saved"} | COMMON,
     "offload": {"index", "kvstore", "kernels"} | COMMON,
     "machine": {"offload", "index", "kvstore", "kernels"} | COMMON,
     "estimate": {"machine", "offload", "index", "kvstore", "kernels"} | COMMON,
-    "model_adapters": {"offload", "index", "kvstore", "kernels"} | COMMON,
+    "model_adapters": {"saved", "offload", "index", "kvstore", "kernels"} | COMMON,
     "server": {"model_adapters", "offload", "index", "kvstore", "kernels"} | COMMON,
     "cli": {"server", "demo", "estimate", "machine", "model_adapters", "offload", "index"}
-    | {"kvstore", "kernels"}
+    | {"kvstore", "kernels", "saved", "remote"}
     | COMMON,
     "wavekv": {"model_adapters", "offload", "index", "kvstore", "config", "errors"},
 }
@@ -43,6 +46,7 @@ ONLY_HOME = {
     "numba": "kernels",
     "llvmlite": "kernels",
     "triton": "kernels",
+    "fsspec": "remote",
 }
 
 

@@ -43,3 +43,16 @@ class ReadOnlyError(WavekvError, RuntimeError):
 
 class IndexFormatError(WavekvError, ValueError):
     """Raised when files are not an index, are damaged, or were written by a newer version."""
+
+
+class ContextFormatError(WavekvError, ValueError):
+    """Raised when files are not a saved context, are damaged, or were written by a newer
+    version."""
+
+
+class ContextMismatchError(WavekvError, ValueError):
+    """Raised when a saved context is of another model or tokenizer than the one it is for."""
+
+
+class LockedError(WavekvError, RuntimeError):
+    """Raised when another process is writing what this one is to write."""

@@ -54,6 +54,11 @@ class OffloadConfig:
     quarter of that where `device_budget` does not hold such chunks."""
     cpu_budget: float | int | str = 0.8
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
+    disk: str | None = None
+    """A folder for pages over `cpu_budget`: host memory is then a cache of a file in it, which goes
+    with the process."""
+    disk_budget: float | int | str = 0.8
+    """Size of that file: bytes, "80GiB", or a float share of what is free there."""
     host_dtype: Literal["model", "int8", "int4", "int4-int2"] = "model"
     """How pages are stored on the host, and cross the bus: in the model's dtype, or keys and values
     as integers of 8 bits, of 4, or of 4 and 2, with a range for each channel of a page: 63, 38 or
@@ -110,6 +115,9 @@ class OffloadConfig:
         _check_choice("host_dtype", self.host_dtype, ("model", "int8", "int4", "int4-int2"))
         parse_size("cpu_budget", self.cpu_budget)
         parse_size("device_budget", self.device_budget)
+        parse_size("disk_budget", self.disk_budget)
+        if self.disk is not None and not isinstance(self.disk, str):
+            raise ConfigError(f"disk must be the name of a folder or None, got {self.disk!r}")
         _check_choice("prefetch", self.prefetch, ("none", "runners-up", "early"))
         if self.max_misses is not None:
             _check_count("max_misses", self.max_misses, least=1)

@@ -45,9 +45,9 @@ def test_available_memory_heeds_the_control_group(cgroup, limit, used, stat, exp
 
 
 def test_a_share_is_of_what_is_available(cgroup: Path) -> None:
-    assert MemoryBudget.of(0.25).limit == 25 * GIB
-    assert MemoryBudget.of(1.0).limit == 100 * GIB
-    assert MemoryBudget.of(1).limit == 1
+    assert MemoryBudget.of_host(0.25).limit == 25 * GIB
+    assert MemoryBudget.of_host(1.0).limit == 100 * GIB
+    assert MemoryBudget.of_host(1).limit == 1
 
 
 @given(limit=st.integers(0, 100), amounts=st.lists(st.integers(-60, 60)))

@@ -155,7 +155,7 @@ def test_a_budget_that_fills_while_decoding(wrapped: Wrap) -> None:
 
     with torch.no_grad(), pytest.raises(CapacityError, match="raise cpu_budget"):
         decode()
-    cache.runtime.budget.limit = MemoryBudget.of(0.5).limit
+    cache.runtime.budget.limit = MemoryBudget.of_host(0.5).limit
     check_answers(model, "llama", cache, ids)
 
 

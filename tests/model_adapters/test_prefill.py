@@ -56,7 +56,7 @@ def check_left_over(cache: Any) -> None:
     for arena in runtime.arenas.values():
         assert arena._num_ordered == arena._promised == 0
         assert runtime.budget.used == sum(
-            len(a.chunks) * a._chunk_bytes for a in runtime.arenas.values()
+            len(a.chunks) * a.chunk_nbytes for a in runtime.arenas.values()
         )
         arena.check_integrity()
 

@@ -170,7 +170,7 @@ class ContextMachine(RuleBasedStateMachine):
         expected = np.bincount(
             np.concatenate([np.empty(0, int), *held]), minlength=self.arena.capacity
         )
-        assert np.array_equal(self.arena._references, expected)
+        assert np.array_equal(self.arena.ids.references, expected)
         assert self.arena.num_pages == (expected > 0).sum()
 
     def teardown(self) -> None:

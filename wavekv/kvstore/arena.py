@@ -7,20 +7,22 @@ The arena knows page ids and bytes, and nothing of heads, layers or tokens.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from wavekv.errors import CapacityError, LayoutError
 from wavekv.kvstore.ahead import ChunksAhead
+from wavekv.kvstore.aligned import aligned_empty
 from wavekv.kvstore.budget import MemoryBudget
 from wavekv.kvstore.layout import KVLayout
+from wavekv.kvstore.page_ids import PageIds
 from wavekv.kvstore.pinned import pinned_empty
 
 CHUNK_BYTES = 64 << 20
@@ -31,6 +33,15 @@ LEAST_RUN = 32
 
 _LEAST_CHUNKS = 8
 """A budget holds at least so many chunks: what does not fill the last one is little."""
+
+
+class Brought(NamedTuple):
+    """Pages that are in memory until the next are brought."""
+
+    slots: Tensor
+    """Their ids in the host arena, in the shape in which they were asked for; -1 for none."""
+    num_read: int
+    """How many had to be read from a disk."""
 
 
 class HostArena:
@@ -48,14 +59,19 @@ class HostArena:
         self._ahead = ChunksAhead(self._make_chunk)
         self._num_ordered = 0
         self._promised = 0
-        # numpy: tensors made inside inference mode could not be changed outside it
-        self._references = np.empty(0, dtype=np.int32)
-        self._free = np.empty(0, dtype=np.int64)
-        self._dropped: deque[NDArray[np.int64]] = deque()
+        self.ids = PageIds()
+        self._num_mapped = 0
+        """Chunks that take nothing of the budget."""
 
     def __del__(self) -> None:
         self._ahead.cancel()
-        self.budget.give((len(self.chunks) + self._num_ordered) * self._chunk_bytes)
+        own = len(self.chunks) - self._num_mapped
+        self.budget.give((own + self._num_ordered) * self.chunk_nbytes)
+
+    @property
+    def host(self) -> HostArena:
+        """Where pages are in memory; `bring` says at which of its ids."""
+        return self
 
     @property
     def capacity(self) -> int:
@@ -63,15 +79,25 @@ class HostArena:
         return len(self.chunks) * self.pages_per_chunk
 
     @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of a chunk."""
+        return self.pages_per_chunk * self.layout.page_bytes
+
+    @property
+    def num_ordered(self) -> int:
+        """Chunks that were ordered and not taken yet."""
+        return self._num_ordered
+
+    @property
     def max_chunks(self) -> int:
         """Chunks that the budget allows."""
-        return self.budget.limit // self._chunk_bytes + 1
+        return self._num_mapped + self.budget.limit // self.chunk_nbytes + 1
 
     @property
     def num_pages(self) -> int:
         """Pages in use."""
-        self._collect()
-        return self.capacity - len(self._free)
+        self.ids.collect()
+        return self.ids.num_used
 
     @property
     def nbytes(self) -> int:
@@ -84,18 +110,18 @@ class HostArena:
         Raises:
             CapacityError: they do not fit the budget; nothing is allocated then.
         """
-        self._collect()
-        lacking = num_pages - len(self._free)
+        self.ids.collect()
+        lacking = num_pages - len(self.ids.free)
         if lacking <= 0:
             return
         num_chunks = -(-lacking // self.pages_per_chunk)
-        self.budget.check(max(0, num_chunks - self._num_ordered) * self._chunk_bytes)
+        self.budget.check(max(0, num_chunks - self._num_ordered) * self.chunk_nbytes)
         num_chunks -= self._take_ordered(num_chunks)
-        self.budget.take(num_chunks * self._chunk_bytes)
+        self.budget.take(num_chunks * self.chunk_nbytes)
         try:
             new = [self._new_chunk() for _ in range(num_chunks)]
         except BaseException:
-            self.budget.give(num_chunks * self._chunk_bytes)
+            self.budget.give(num_chunks * self.chunk_nbytes)
             raise
         self._adopt(new)
 
@@ -106,11 +132,11 @@ class HostArena:
         Raises:
             CapacityError: they do not fit the budget; nothing is ordered then.
         """
-        self._collect()
+        self.ids.collect()
         wanted = self._promised + num_pages
-        lacking = wanted - len(self._free) - self._num_ordered * self.pages_per_chunk
+        lacking = wanted - len(self.ids.free) - self._num_ordered * self.pages_per_chunk
         num_chunks = max(0, -(-lacking // self.pages_per_chunk))
-        self.budget.take(num_chunks * self._chunk_bytes)
+        self.budget.take(num_chunks * self.chunk_nbytes)
         self._promised = wanted
         self._num_ordered += num_chunks
         self._ahead.order(num_chunks)
@@ -126,7 +152,7 @@ class HostArena:
         """Take back all that was ordered and not allocated; its memory is free again, but for a
         chunk that is being made."""
         self._ahead.cancel()
-        self.budget.give(self._num_ordered * self._chunk_bytes)
+        self.budget.give(self._num_ordered * self.chunk_nbytes)
         self._num_ordered = self._promised = 0
 
     def allocate(self, num_pages: int) -> Tensor:
@@ -136,24 +162,29 @@ class HostArena:
             CapacityError: as `reserve`.
         """
         self.reserve(num_pages)
-        ids, self._free = self._free[:num_pages].copy(), self._free[num_pages:]
-        self._references[ids] = 1
         self._promised = max(0, self._promised - num_pages)
-        return torch.from_numpy(ids)
+        return torch.from_numpy(self.ids.allocate(num_pages))
+
+    def seal(self, ids: Tensor, after: Future[Any] | None = None) -> None:
+        """Say that pages are complete, now or once a future is done: nothing writes to them from
+        then on."""
+
+    def bring(self, ids: Tensor) -> Brought:
+        """Have the pages `ids` (any shape, -1 for none) in memory: they are."""
+        return Brought(ids, 0)
 
     def retain(self, ids: Tensor) -> None:
         """Add a reference to each page of `ids` (any shape; an id may recur)."""
-        np.add.at(self._references, ids.flatten().numpy(), 1)
+        self.ids.retain(ids)
 
     def release(self, ids: Tensor) -> None:
         """Take a reference from each page of `ids`; pages without one are free again."""
-        self._release(ids.flatten().numpy())
+        self.ids.release(ids.flatten().numpy())
 
     def drop(self, ids: Tensor) -> None:
         """`release` for finalisers, which may run on any thread and inside any other method: it
         takes effect when the arena is next used."""
-        # a copy: the tensor may be in the middle of its own collection
-        self._dropped.append(ids.flatten().numpy().copy())
+        self.ids.drop(ids)
 
     def write(self, ids: Tensor, pages: Tensor, counts: Tensor | None = None) -> None:
         """Store pages [n, 2, P, D] under ids [n]. From a CUDA device the copy may still be running
@@ -216,29 +247,8 @@ class HostArena:
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each page is either free or referenced."""
-        self._collect()
-        free = np.zeros(self.capacity, dtype=bool)
-        free[self._free] = True
-        twice = len(self._free) - int(free.sum())
-        wrong = int((free != (self._references == 0)).sum())
-        if twice or wrong or (self.capacity and int(self._references.min()) < 0):
-            raise RuntimeError(
-                f"arena integrity: {twice} pages twice in the free list, {wrong} of "
-                f"{self.capacity} pages both free and referenced or neither"
-            )
-
-    @property
-    def _chunk_bytes(self) -> int:
-        return self.pages_per_chunk * self.layout.page_bytes
-
-    def _release(self, pages: NDArray[np.int64]) -> None:
-        np.subtract.at(self._references, pages, 1)
-        touched = np.unique(pages)
-        self._free = np.concatenate([touched[self._references[touched] == 0], self._free])
-
-    def _collect(self) -> None:
-        while self._dropped:
-            self._release(self._dropped.popleft())
+        self.ids.collect()
+        self.ids.check_integrity()
 
     def _take_ordered(self, count: int) -> int:
         """Adopt at most `count` of the chunks that were ordered; how many came."""
@@ -246,15 +256,13 @@ class HostArena:
         # void: the system has refused one
         void = self._num_ordered - len(new) - self._ahead.num_ordered
         self._num_ordered -= len(new) + void
-        self.budget.give(void * self._chunk_bytes)
+        self.budget.give(void * self.chunk_nbytes)
         self._adopt(new)
         return len(new)
 
     def _adopt(self, new: list[Tensor]) -> None:
-        start = self.capacity
         self.chunks += new
-        self._references = np.pad(self._references, (0, self.capacity - start))
-        self._free = np.concatenate([self._free, np.arange(start, self.capacity)])
+        self.ids.grow(len(new) * self.pages_per_chunk)
 
     def _new_chunk(self) -> Tensor:
         return self._make_chunk()
@@ -269,4 +277,4 @@ class HostArena:
 
 def _new_chunk(shape: tuple[int, ...], dtype: torch.dtype, pin: bool) -> Tensor:
     with torch.inference_mode(False):
-        return pinned_empty(shape, dtype) if pin else torch.empty(shape, dtype=dtype)
+        return pinned_empty(shape, dtype) if pin else aligned_empty(shape, dtype)

@@ -1,6 +1,9 @@
 """A cap on host memory, shared by everything that stores pages for one cache."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from shutil import disk_usage
 
 import psutil
 
@@ -35,14 +38,29 @@ def _reclaimable() -> int:
 class MemoryBudget:
     """Counts bytes against a limit."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, name: str = "cpu_budget", of: str = "host RAM") -> None:
+        """name: of the setting, and `of`: what it is a budget of, for errors."""
+        self.limit, self.name, self.of = limit, name, of
         self.used = 0
 
     @classmethod
-    def of(cls, size: float | int) -> "MemoryBudget":
-        """A budget of `size` bytes, or of a share of the available memory if a float."""
+    def of_host(cls, size: float | int) -> MemoryBudget:
+        """A `cpu_budget` of `size` bytes, or of a share of the available memory if a float."""
         return cls(int(size * available_memory()) if isinstance(size, float) else size)
+
+    @classmethod
+    def of_disk(cls, size: float | int, folder: str | None) -> MemoryBudget:
+        """A `disk_budget` of `size` bytes, or of a share of what is free in `folder` if a float;
+        of nothing without a folder.
+
+        Raises:
+            OSError: the folder is not there.
+        """
+        if folder is None:
+            return cls(0, "disk_budget", "disk")
+        free = disk_usage(folder).free
+        limit = int(size * free) if isinstance(size, float) else size
+        return cls(limit, "disk_budget", f"disk in {folder}")
 
     @property
     def free(self) -> int:
@@ -62,9 +80,9 @@ class MemoryBudget:
         """Raise CapacityError if `num_bytes` more do not fit."""
         if num_bytes > self.free:
             raise CapacityError(
-                f"host pages need {num_bytes / 2**20:.1f} MiB more, but cpu_budget is "
-                f"{self.limit / 2**20:.1f} MiB of host RAM and {self.used / 2**20:.1f} MiB are in "
-                "use; raise cpu_budget, shorten the context, or free another cache"
+                f"pages need {num_bytes / 2**20:.1f} MiB more, but {self.name} is "
+                f"{self.limit / 2**20:.1f} MiB of {self.of} and {self.used / 2**20:.1f} MiB are in "
+                f"use; raise {self.name}, shorten the context, or free another cache"
             )
 
     def give(self, num_bytes: int) -> None:

@@ -93,9 +93,7 @@ def _check_host(model: PreTrainedModel, cache: OffloadedCache, batch: int, total
     ]
     page_bytes = sum(heads * layout.page_bytes for heads, layout in layouts)
     size = waiting * batch * page_bytes // config.page_size
-    arenas = cache.runtime.arenas.values()
-    held = sum((a.capacity - a.num_pages) * a.layout.page_bytes for a in arenas)
-    cache.runtime.budget.check(max(0, size - held))
+    cache.runtime.check_room(size)
 
 
 def _working_bytes(

@@ -14,6 +14,7 @@ from wavekv.config import OffloadConfig
 from wavekv.index.levels import Logits, choose_of_levels, estimate_of_levels
 from wavekv.kernels import attend_dense, attend_pages, merge_state
 from wavekv.kernels.block import attend_into
+from wavekv.kvstore import HostArena
 from wavekv.offload.budget import page_limits
 from wavekv.offload.counters import Counters, StepChoice
 from wavekv.offload.paged import PagedZone
@@ -108,12 +109,12 @@ def _attend_all_pages(
     counters: Counters,
     buffers: StreamBuffers,
 ) -> State:
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and isinstance(paged.arena, HostArena):
         counters.bytes_to_device += paged.page_ids.view.numel() * paged.arena.layout.page_bytes
         return attend_pages(
             query,
             paged.arena.chunks,
-            paged.page_ids.view,
+            paged.arena.bring(paged.page_ids.view).slots,
             paged.counts.view,
             scale=logits.scale,
             softcap=logits.softcap,
@@ -145,6 +146,8 @@ def _attend_chosen(
     counts = paged.counts.view.gather(2, index).masked_fill_(~is_page, 0)
     pages = fetch_pages(paged, ids, query.device)
     counters.bytes_to_device += int(is_page.sum()) * paged.arena.layout.page_bytes
+    counters.host_wanted += int(is_page.sum())
+    counters.host_missing += pages.num_from_disk
     state = attend_pages(
         query,
         pages.chunks,

@@ -19,7 +19,7 @@ from wavekv.index import balanced_pages
 from wavekv.index.levels import index_of_pages
 from wavekv.index.scatter import scatter_by_span
 from wavekv.kernels.page_index import PageIndex
-from wavekv.kvstore import HostArena
+from wavekv.kvstore import PageArena
 from wavekv.offload.paged import SegmentPages
 from wavekv.offload.resident import ResidentPages
 
@@ -160,7 +160,7 @@ class SegmentBatch:
 
 def build_segments(
     batch: SegmentBatch,
-    arena: HostArena,
+    arena: PageArena,
     span_pages: int,
     block_pages: int,
     *,

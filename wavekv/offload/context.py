@@ -203,6 +203,8 @@ class LayerContext:
     def await_pages(self, batches: list[SegmentBatch], pending: Future[list[SegmentPages]]) -> None:
         """Pages of what was `due` are being built; `settle` takes them in."""
         self._pending = pending
+        for batch in batches:
+            self.paged.arena.seal(torch.cat(batch.page_ids), after=pending)
         self._num_pending = sum(len(batch.page_ids) * batch.length for batch in batches)
         if not self.runtime.is_prefilling:
             self.paged.arena.order_ahead(self._num_pages(self.runtime.config.append_segment))

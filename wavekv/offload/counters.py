@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,14 @@ class Counters:
     tail_mass: Tensor | float = 0.0
     bytes_to_host: int = 0
     bytes_to_device: int = 0
+    host_wanted: int = 0
+    """Pages that steps wanted from the host, and of those the ones that were on the disk."""
+    host_missing: int = 0
+    pool_wanted: int = 0
+    """Pages that captured steps chose, and of those the ones that were not on the device."""
+    pool_missing: int = 0
+    num_late: int = 0
+    """Pages that captured steps chose and did not wait for."""
     last_query: Tensor | None = None
     """[B, Hq, D] of the last decode step, in any mode."""
     last_choice: StepChoice | None = None
@@ -43,10 +51,4 @@ class Counters:
 
     def copy(self) -> Counters:
         """The same sums, free to go on by themselves."""
-        return Counters(
-            self.steps,
-            self.retrieved_share,
-            self.tail_mass,
-            self.bytes_to_host,
-            self.bytes_to_device,
-        )
+        return replace(self, last_query=None, last_choice=None)

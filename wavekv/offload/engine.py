@@ -86,10 +86,10 @@ class DecodeEngine:
             # ahead of time only: pages that are due and do not fit are an error then
             self._host_arena.reserve(pages_per_growth * max(1, _HOST_ROOM_TOKENS // segment))
         self._chunks = torch.zeros(
-            self._host_arena.max_chunks, dtype=torch.int64, device=self.device
+            self._host_arena.host.max_chunks, dtype=torch.int64, device=self.device
         )
         self.arena = StepArena(
-            self._chunks, self._host_arena.pages_per_chunk, self._host_arena.chunks
+            self._chunks, self._host_arena.host.pages_per_chunk, self._host_arena.host.chunks
         )
         self._num_chunks = 0
         self._refresh_chunks()
@@ -343,7 +343,7 @@ class DecodeEngine:
 
     def _refresh_chunks(self) -> None:
         """Tell the device of chunks that the host arena has got."""
-        chunks = self._host_arena.chunks
+        chunks = self._host_arena.host.chunks
         if len(chunks) > self._num_chunks:
             new = [chunk.data_ptr() for chunk in chunks[self._num_chunks :]]
             self._chunks[self._num_chunks : len(chunks)] = torch.tensor(new, device=self.device)

@@ -16,7 +16,7 @@ from wavekv.index import page_scatter
 from wavekv.index.levels import LevelPages
 from wavekv.index.scatter import SpanScatter
 from wavekv.kernels.page_index import PageIndex
-from wavekv.kvstore import HostArena
+from wavekv.kvstore import PageArena
 from wavekv.offload.growing_index import GrowingIndex
 from wavekv.offload.interrupts import uninterrupted
 from wavekv.offload.resident import ResidentPages
@@ -51,7 +51,7 @@ class PagedZone:
     """Pages [B, Hkv, N] of one layer; holds one reference to each in the arena."""
 
     def __init__(
-        self, arena: HostArena, like: Tensor, *, span_pages: int, block_pages: int
+        self, arena: PageArena, like: Tensor, *, span_pages: int, block_pages: int
     ) -> None:
         """like: [B, Hkv, 0, D] gives shape and device. span_pages: pages whose within-page scatter
         is kept as one sum, whole blocks; block_pages: pages of a block, of which every segment has

@@ -9,7 +9,7 @@ from weakref import ref
 import torch
 
 from wavekv.config import OffloadConfig, parse_size
-from wavekv.kvstore import HostArena, KVLayout, MemoryBudget
+from wavekv.kvstore import HostArena, KVLayout, MemoryBudget, PageArena, TieredArena
 from wavekv.offload.builder import PageBuilder
 from wavekv.offload.streaming import StreamBuffers
 
@@ -44,20 +44,45 @@ class OffloadRuntime:
         """Whether a prefill keeps pages on the device; None for where that is a CUDA device. On a
         CPU the arena is as near."""
         self.buffers = StreamBuffers()
-        self.budget = MemoryBudget.of(parse_size("cpu_budget", config.cpu_budget))
+        self.budget = MemoryBudget.of_host(parse_size("cpu_budget", config.cpu_budget))
+        size = parse_size("disk_budget", config.disk_budget)
+        self.disk_budget = MemoryBudget.of_disk(size, config.disk)
         self.builder = PageBuilder()
         self._engine: ref[DecodeEngine] | None = None
         self.num_changes = 0
         """How often tokens were removed or sequences reordered."""
-        self.arenas: dict[tuple[KVLayout, bool], HostArena] = {}
+        self.arenas: dict[tuple[KVLayout, bool], PageArena] = {}
 
-    def arena(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> HostArena:
-        """The arena for pages of a layer; pinned where `device` is a CUDA device."""
+    def arena(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> PageArena:
+        """The arena for pages of a layer; pinned where `device` is a CUDA device.
+
+        Raises:
+            OSError: no file can be made in the folder `disk`.
+        """
         layout = KVLayout(self.config.page_size, head_dim, dtype, self.config.host_dtype)
         key = layout, device.type == "cuda"
         if key not in self.arenas:
-            self.arenas[key] = HostArena(layout, self.budget, pin=key[1])
+            self.arenas[key] = self._new_arena(layout, pin=key[1])
         return self.arenas[key]
+
+    def _new_arena(self, layout: KVLayout, *, pin: bool) -> PageArena:
+        if self.config.disk is None:
+            return HostArena(layout, self.budget, pin=pin)
+        return TieredArena(layout, self.budget, self.disk_budget, self.config.disk, pin=pin)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raise CapacityError if so many bytes of pages more fit neither tier."""
+        arenas = self.arenas.values()
+        held = sum((a.host.capacity - a.host.num_pages) * a.layout.page_bytes for a in arenas)
+        lacking = max(0, num_bytes - held)
+        if self.config.disk is None or lacking <= self.budget.free:
+            self.budget.check(lacking)
+            return
+        # once they do not fit memory, all pages have a place on the disk
+        tiers = [
+            (a.disk, a.layout.page_bytes * a.num_own) for a in arenas if isinstance(a, TieredArena)
+        ]
+        self.disk_budget.check(num_bytes + sum(own - disk.nbytes for disk, own in tiers))
 
     @property
     def engine(self) -> DecodeEngine | None:
@@ -83,5 +108,6 @@ class OffloadRuntime:
         copy.config, copy.is_prefilling, copy.plan = config, False, None
         copy.keeps_resident, copy.buffers = self.keeps_resident, StreamBuffers()
         copy._engine, copy.num_changes = None, 0
-        copy.budget, copy.builder, copy.arenas = self.budget, self.builder, self.arenas
+        copy.budget, copy.disk_budget = self.budget, self.disk_budget
+        copy.builder, copy.arenas = self.builder, self.arenas
         return copy

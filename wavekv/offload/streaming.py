@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wavekv.kvstore import KVLayout
+from wavekv.kvstore import HostArena, KVLayout
 from wavekv.kvstore.arena import LEAST_RUN
 from wavekv.offload.paged import PagedZone
 
@@ -89,9 +89,9 @@ class _Side:
     def copy(self, zone: PagedZone, ids: Tensor, stream: torch.cuda.Stream) -> None:
         """Begin to bring the pages `ids` [n] on `stream`, once the last block is out of the way."""
         pages = self.pages[: len(ids)]
-        runs = zone.arena.runs(ids)
-        sources = runs
-        if len(runs) * LEAST_RUN > len(ids):
+        sources = zone.arena.runs(ids) if isinstance(zone.arena, HostArena) else None
+        if sources is None or len(sources) * LEAST_RUN > len(ids):
+            # also what is in memory of pages in tiers: others may take its place meanwhile
             sources = [(0, self._gathered(zone, ids))]
         with torch.cuda.stream(stream):
             stream.wait_event(self.used)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from wavekv.kernels.page_index import PageIndex
+from wavekv.kvstore import TieredArena
 from wavekv.offload.builder import BATCH_BYTES, SegmentBatch, build_segments
 from wavekv.offload.context import LayerContext
 from wavekv.offload.paged import SegmentPages
@@ -39,7 +40,10 @@ def page_out_together(contexts: Sequence[LayerContext]) -> None:
 def _kind(context: LayerContext) -> object:
     """Layers of one kind have the same segments to build."""
     steady, paged = context.steady, context.paged
+    # where memory is only a part of what pages take, it has those of one layer at a time
+    own = context if isinstance(paged.arena, TieredArena) else None
     return (
+        own,
         *(context.shape, paged.arena, paged.scatter.span_pages, paged.num_pages),
         *(steady.keys.view.device, steady.start, steady.end, steady.is_ragged),
         steady.num_sink_slots,

@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": {"server", "demo", "estimate", "machine", "model_adapters", "offload", "index"}
     | {"kvstore", "kernels", "saved", "remote"}
     | COMMON,
-    "wavekv": {"model_adapters", "offload", "index", "kvstore", "config", "errors"},
+    "wavekv": {"model_adapters", "offload", "index", "kvstore", "saved", "config", "errors"},
 }
 # library -> the only part that may import it.
 ONLY_HOME = {

@@ -11,15 +11,24 @@ if TYPE_CHECKING:
     from wavekv.config import OffloadConfig
     from wavekv.index import WaveIndex
     from wavekv.model_adapters import OffloadedCache, OffloadedKV
+    from wavekv.saved.context import SavedContext
 
 __version__ = "0.1.0"
 
-__all__ = ["OffloadConfig", "OffloadedCache", "OffloadedKV", "WaveIndex", "__version__"]
+__all__ = [
+    "OffloadConfig",
+    "OffloadedCache",
+    "OffloadedKV",
+    "SavedContext",
+    "WaveIndex",
+    "__version__",
+]
 
 _HOME = {
     "OffloadConfig": "wavekv.config",
     "OffloadedCache": "wavekv.model_adapters",
     "OffloadedKV": "wavekv.model_adapters",
+    "SavedContext": "wavekv.saved.context",
     "WaveIndex": "wavekv.index",
 }
 

@@ -18,6 +18,17 @@ DECODE_FIELDS = ("mode", "budget", "top_p", "min_budget", "refine", "tail_estima
 """Fields that only change how a step reads; a fork may set them."""
 
 
+LAYOUT_FIELDS = (
+    "num_sink_tokens",
+    "window",
+    "page_size",
+    "segment",
+    "append_segment",
+    "host_dtype",
+)
+"""Fields that say how tokens are laid out in pages; a saved context keeps its own."""
+
+
 @dataclass(frozen=True, slots=True)
 class OffloadConfig:
     """Settings of an offloaded cache. All counts are tokens; budgets are per KV head and step."""

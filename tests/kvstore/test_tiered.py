@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from wavekv.errors import CapacityError, ContextFormatError
+from wavekv.kernels.crc32 import crc32_rows
 from wavekv.kvstore import KVLayout, MemoryBudget, SavedPages, TieredArena
 from wavekv.kvstore.page_file import PageFile
 
@@ -291,8 +293,6 @@ def test_a_page_that_changed_on_the_disk_is_named(tmp_path: Path, kind: str) -> 
 
 
 def test_the_pages_of_a_saved_context_are_read_and_never_written(tmp_path: Path) -> None:
-    from wavekv.kernels.crc32 import crc32_rows
-
     layout = LAYOUTS["bytes of no such size"]
     saved = random_pages(layout, 96, 0)
     descriptors = []
@@ -300,16 +300,16 @@ def test_the_pages_of_a_saved_context_are_read_and_never_written(tmp_path: Path)
         path = tmp_path / f"{number}"
         path.write_bytes(rows.numpy().tobytes())
         descriptors.append(path.open("rb"))
-    file = PageFile(
-        [descriptor.fileno() for descriptor in map(_dup, descriptors)],
-        [descriptor.name for descriptor in descriptors],
-        rows_per_file=32,
-        page_bytes=layout.page_bytes,
-    )
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    base = SavedPages(file, crc32_rows(saved).numpy())
+    base = SavedPages(
+        [descriptor.name for descriptor in descriptors],
+        [os.dup(descriptor.fileno()) for descriptor in descriptors],
+        [],
+        crc32_rows(saved).numpy(),
+        rows_per_file=32,
+    )
     arena = make_arena(str(scratch), layout, host=48, disk=1000, base=base)
     assert arena.num_pages == 96
     assert arena.num_own == arena.num_on_host == 0
@@ -323,9 +323,3 @@ def test_the_pages_of_a_saved_context_are_read_and_never_written(tmp_path: Path)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for descriptor in descriptors:
         descriptor.close()
-
-
-def _dup(file: object) -> object:
-    import os
-
-    return os.fdopen(os.dup(file.fileno()), "rb", closefd=False)

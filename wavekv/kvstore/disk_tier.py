@@ -7,9 +7,10 @@ checked against the checksum that it was written with.
 
 from __future__ import annotations
 
+import os
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,13 +27,31 @@ _STEP_BYTES = 64 << 20
 """By which the file of pages over `cpu_budget` grows."""
 
 
-@dataclass(frozen=True, slots=True)
 class SavedPages:
-    """The pages of a saved context, in its files."""
+    """The pages of a saved context, in its files, which are open until this goes."""
 
-    file: PageFile
-    crc32: Rows
-    """[n] of each."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        descriptors: Sequence[int],
+        files: Sequence[Tensor],
+        crc32: Rows,
+        *,
+        rows_per_file: int,
+    ) -> None:
+        """names: for errors; descriptors: for reading, which are this object's from now on; files:
+        mapped [rows_per_file, *stored_shape]; crc32: [n] of each page."""
+        self.names, self.descriptors, self.files = list(names), list(descriptors), list(files)
+        self.crc32, self.rows_per_file = crc32, rows_per_file
+
+    def __del__(self) -> None:
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+    def page_file(self, page_bytes: int) -> PageFile:
+        """To read pages with."""
+        rows = self.rows_per_file
+        return PageFile(self.descriptors, self.names, rows_per_file=rows, page_bytes=page_bytes)
 
 
 class DiskTier:
@@ -54,7 +73,8 @@ class DiskTier:
         self.num_base = 0 if base is None else len(base.crc32)
         """Pages of the saved context: the first ids."""
         self.bytes_read = self.bytes_written = 0
-        self._base = base
+        self._saved = base
+        self._base = None if base is None else base.page_file(page_bytes)
         self._scratch = None if folder is None else PageFile.scratch(folder, page_bytes)
         self._rows = PageIds()
         # of each id: a row of the base, then of the scratch file; -1 for none
@@ -71,9 +91,9 @@ class DiskTier:
         if hasattr(self, "_writing"):
             self._writer.shutdown(wait=True, cancel_futures=True)
             self.budget.give(self._rows.capacity * self.page_bytes)
-        for part in getattr(self, "_scratch", None), getattr(self._base, "file", None):
-            if part is not None:
-                part.close()
+        scratch = getattr(self, "_scratch", None)
+        if scratch is not None:
+            scratch.close()
 
     def __len__(self) -> int:
         """Ids there are."""
@@ -136,8 +156,10 @@ class DiskTier:
         places = self._place[pages]
         addresses = _addresses(chunks, rows, self.page_bytes)
         is_base = places < self.num_base
-        base = None if self._base is None else self._base.file
-        for source, part, first in (base, is_base, 0), (self._scratch, ~is_base, self.num_base):
+        for source, part, first in (
+            (self._base, is_base, 0),
+            (self._scratch, ~is_base, self.num_base),
+        ):
             if source is not None and part.any():
                 source.read(places[part] - first, addresses[part])
         self.bytes_read += len(pages) * self.page_bytes
@@ -214,7 +236,7 @@ class DiskTier:
         place = int(self._place[page])
         if place < self.num_base:
             assert self._base is not None
-            name, row = self._base.file.name_of(place), place
+            name, row = self._base.name_of(place), place
         else:
             assert self._scratch is not None
             row = place - self.num_base

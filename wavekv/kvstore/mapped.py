@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -17,6 +17,7 @@ from wavekv.errors import ContextFormatError
 from wavekv.kernels.crc32 import crc32_pages
 from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena
 from wavekv.kvstore.budget import MemoryBudget
+from wavekv.kvstore.disk_tier import SavedPages
 from wavekv.kvstore.layout import KVLayout
 from wavekv.kvstore.page_file import Rows
 
@@ -31,21 +32,16 @@ class MappedArena(HostArena):
         self,
         layout: KVLayout,
         budget: MemoryBudget,
-        files: Sequence[Tensor],
-        names: Sequence[str],
-        crc32: Rows,
+        saved: SavedPages,
         *,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        """files: mapped, [rows, *stored_shape] each, `rows` a power of two; the last may have more
-        than there are pages. names: of the files, for errors. crc32: [n] of the pages."""
-        size = layout.page_bytes
-        rows = len(files[0]) if files else CHUNK_BYTES // size
+        size, files, rows = layout.page_bytes, saved.files, saved.rows_per_file
         fitting = max(1, min(chunk_bytes, budget.limit // 8) // size)
         per_chunk = min(rows, 1 << fitting.bit_length() - 1)
         super().__init__(layout, budget, pin=False, chunk_bytes=per_chunk * size)
-        self._names, self._rows, self._crc32 = list(names), rows, crc32
-        self._is_checked = np.zeros(len(crc32), dtype=bool)
+        self._names, self._rows, self._crc32 = saved.names, rows, saved.crc32
+        self._is_checked = np.zeros(len(saved.crc32), dtype=bool)
         chunks = [chunk for file in files for chunk in file.split(per_chunk)]
         self._adopt(chunks)
         self._num_mapped = len(chunks)

@@ -37,8 +37,7 @@ _MOST_BUFFERS = 512
 class PageFile:
     """Rows of `page_bytes` in files of `rows_per_file` each; row i is in file `i // rows_per_file`.
 
-    The files are open, and stay so until `close`, which may come early: a reader that runs keeps
-    nothing but numbers.
+    Whoever opened the files closes them.
     """
 
     def __init__(

@@ -6,11 +6,13 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import index
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from wavekv.config import DECODE_FIELDS, OffloadConfig
@@ -22,6 +24,7 @@ from wavekv.model_adapters.snapshot import restore, snapshot
 from wavekv.model_adapters.statistics import cache_statistics
 from wavekv.offload import OffloadRuntime
 from wavekv.offload.interrupts import uninterrupted
+from wavekv.saved.context import SavedContext
 
 if TYPE_CHECKING:
     from wavekv.model_adapters.graph import CapturedSteps
@@ -41,6 +44,8 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         self.model_config = model_config.get_text_config(decoder=True)
         self.steps: CapturedSteps | None = None
         """How decode steps run; a wrapper sets it."""
+        self.model: ref[PreTrainedModel] | None = None
+        """The model that it is of; a wrapper sets it. Weak: no reason to keep weights."""
         for number, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 # one record for all layers: they see the same tokens
@@ -55,6 +60,68 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
                 f"expected a model with full-attention layers, got {model_config.model_type!r} "
                 f"with only {', '.join(kinds)}: there is nothing to offload"
             )
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        tokenizer: Any | None = None,
+        token_ids: Tensor | None = None,
+        progress: bool = False,
+    ) -> SavedContext:
+        """Write all tokens as a saved context: a directory at `path`, new or a saved context that
+        this one replaces. Until it is complete and on the disk, `path` is what it was.
+
+        tokenizer: for `load` to compare. token_ids: [B, T] of the tokens held, for whoever loads
+        the context.
+
+        Raises:
+            CacheError: the cache is empty, its model is gone, or token_ids are not of its tokens.
+            LockedError: another process is writing to `path`.
+            ContextFormatError: something else is at `path`, or a page of the context that this
+                cache was loaded from is damaged.
+            CapacityError: the disk has no room.
+        """
+        from wavekv.model_adapters.saving import save_cache
+
+        model = None if self.model is None else self.model()
+        if model is None:
+            raise CacheError(
+                "expected a cache from new_cache() or load() of a model that is there still, got "
+                "one without its model; keep the model until the cache is saved"
+            )
+        save_cache(self, path, model, tokenizer=tokenizer, token_ids=token_ids, progress=progress)
+        return SavedContext.open(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: Any,
+        *,
+        tokenizer: Any | None = None,
+        verify: bool = False,
+    ) -> OffloadedCache:
+        """A cache with the tokens of a saved context. Pages are not read before they are wanted,
+        and each is checked when it is; the saved context is never written to.
+
+        model: wrapped (`OffloadedKV`), whose settings it takes, but for those of the layout of
+        pages. tokenizer: to be the one that the context was saved with. verify: read and check all
+        files first.
+
+        Raises:
+            FileNotFoundError: nothing is at `path`.
+            ContextFormatError: it is not a saved context, is damaged, or of a newer version.
+            ContextMismatchError: it is of another model or tokenizer; the message names the field.
+        """
+        from wavekv.model_adapters.loading import load_cache
+
+        config = getattr(model, "offload_config", None)
+        if config is None:
+            raise CacheError(
+                f"expected a wrapped model, OffloadedKV(model), got {type(model).__name__}"
+            )
+        return load_cache(path, model.model, config, tokenizer=tokenizer, verify=verify)
 
     @property
     def config(self) -> OffloadConfig:

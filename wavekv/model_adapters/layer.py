@@ -50,6 +50,12 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         self._context = LayerContext(self.runtime, key_states, value_states)
         self.is_initialized = True
 
+    def take_over(self, context: LayerContext) -> None:
+        """Hold the tokens of `context`."""
+        keys = context.steady.keys.view
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._context = context
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -174,8 +180,7 @@ class OffloadedLayer(DynamicLayer):  # type: ignore[misc]
         padding = None if self.padding is None else self.padding.copy()
         copy = OffloadedLayer(runtime, self.model_config, self.number, padding)
         if self.context is not None:
-            copy.dtype, copy.device, copy.is_initialized = self.dtype, self.device, True
-            copy._context = self.context.fork(runtime)
+            copy.take_over(self.context.fork(runtime))
         return copy
 
     def _settle_anyway(self) -> None:

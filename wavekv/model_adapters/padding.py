@@ -11,12 +11,13 @@ class PaddingRecord:
     """The padding of one cache. Columns behind the last padded one are not stored: all valid."""
 
     def __init__(self) -> None:
-        self._valid: Tensor | None = None
+        self.valid: Tensor | None = None
+        """[B, n] bool, up to the last padded column; None if no cached token is padding."""
 
     @property
     def is_empty(self) -> bool:
         """Whether no cached token is padding."""
-        return self._valid is None
+        return self.valid is None
 
     def take_in(self, mask: Tensor | None, seen: int) -> None:
         """Add the tokens from `seen` on; those before must be as they were.
@@ -28,7 +29,7 @@ class PaddingRecord:
             CacheError: tokens that are cached changed between padding and valid.
         """
         if mask is None:
-            if self._valid is not None:
+            if self.valid is not None:
                 raise CacheError(
                     "some cached tokens are padding, got a forward without attention_mask; pass "
                     "the mask of all tokens so far, [B, cached + new], as when they were cached"
@@ -36,29 +37,29 @@ class PaddingRecord:
             return
         if mask.shape[1] > seen + 1 or mask.device.type == "cpu":
             self._check(mask[:, :seen])
-            self._valid = _trimmed(mask)
+            self.valid = _trimmed(mask)
 
     def truncate(self, length: int) -> None:
         """Forget the tokens from `length` on."""
-        if self._valid is not None:
-            self._valid = _trimmed(self._valid[:, :length])
+        if self.valid is not None:
+            self.valid = _trimmed(self.valid[:, :length])
 
     def select(self, index: Tensor) -> None:
         """Keep the sequences `index`, in that order."""
-        if self._valid is not None:
-            self._valid = _trimmed(self._valid[index.to(self._valid.device)])
+        if self.valid is not None:
+            self.valid = _trimmed(self.valid[index.to(self.valid.device)])
 
     def copy(self) -> PaddingRecord:
         """An independent record of the same."""
         copy = PaddingRecord()
-        copy._valid = self._valid
+        copy.valid = self.valid
         return copy
 
     def _check(self, cached: Tensor) -> None:
-        known = 0 if self._valid is None else self._valid.shape[1]
+        known = 0 if self.valid is None else self.valid.shape[1]
         same = bool(cached[:, known:].all())
-        if self._valid is not None:
-            same = same and bool((cached[:, :known] == self._valid).all())
+        if self.valid is not None:
+            same = same and bool((cached[:, :known] == self.valid).all())
         if not same:
             raise CacheError(
                 "attention_mask differs from the one these tokens were cached with: expected the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
@@ -84,7 +84,9 @@ class OffloadedKV:
 
     def new_cache(self) -> OffloadedCache:
         """An empty cache for one conversation (or one batch of them)."""
-        return OffloadedCache(self.model.config, self.offload_config)
+        cache = OffloadedCache(self.model.config, self.offload_config)
+        cache.model = ref(self.model)
+        return cache
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. One new token is a decode step; several are attended to exactly.

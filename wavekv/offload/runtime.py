@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from weakref import ref
@@ -9,7 +10,15 @@ from weakref import ref
 import torch
 
 from wavekv.config import OffloadConfig, parse_size
-from wavekv.kvstore import HostArena, KVLayout, MemoryBudget, PageArena, TieredArena
+from wavekv.kvstore import (
+    HostArena,
+    KVLayout,
+    MappedArena,
+    MemoryBudget,
+    PageArena,
+    SavedPages,
+    TieredArena,
+)
 from wavekv.offload.builder import PageBuilder
 from wavekv.offload.streaming import StreamBuffers
 
@@ -34,8 +43,11 @@ class PrefillPlan:
 class OffloadRuntime:
     """Shared by the layers of a cache; arenas, budget and builder also by its forks."""
 
-    def __init__(self, config: OffloadConfig) -> None:
-        self.config = config
+    def __init__(
+        self, config: OffloadConfig, saved: Mapping[KVLayout, SavedPages] | None = None
+    ) -> None:
+        """saved: pages that arenas begin with."""
+        self.config, self._saved = config, dict(saved or {})
         self.is_prefilling = False
         """While true, layers wait for whole segments instead of paging every append_segment."""
         self.plan: PrefillPlan | None = None
@@ -66,9 +78,14 @@ class OffloadRuntime:
         return self.arenas[key]
 
     def _new_arena(self, layout: KVLayout, *, pin: bool) -> PageArena:
-        if self.config.disk is None:
-            return HostArena(layout, self.budget, pin=pin)
-        return TieredArena(layout, self.budget, self.disk_budget, self.config.disk, pin=pin)
+        saved = self._saved.get(layout)
+        if self.config.disk is None and (saved is None or not pin):
+            if saved is None:
+                return HostArena(layout, self.budget, pin=pin)
+            return MappedArena(layout, self.budget, saved)
+        # what a device reads itself must be pinned, which mapped files are not
+        tiers = self.budget, self.disk_budget, self.config.disk
+        return TieredArena(layout, *tiers, pin=pin, base=saved)
 
     def check_room(self, num_bytes: int) -> None:
         """Raise CapacityError if so many bytes of pages more fit neither tier."""
@@ -106,6 +123,7 @@ class OffloadRuntime:
         """A runtime over the same memory with other decode settings."""
         copy = object.__new__(OffloadRuntime)
         copy.config, copy.is_prefilling, copy.plan = config, False, None
+        copy._saved = self._saved
         copy.keeps_resident, copy.buffers = self.keeps_resident, StreamBuffers()
         copy._engine, copy.num_changes = None, 0
         copy.budget, copy.disk_budget = self.budget, self.disk_budget

@@ -1,0 +1,154 @@
+"""Reading a cache from a saved context: what is small is mapped or copied, pages stay in files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from wavekv.config import LAYOUT_FIELDS, OffloadConfig
+from wavekv.errors import ConfigError, ContextFormatError, LayoutError
+from wavekv.kvstore import KVLayout, SavedPages
+from wavekv.model_adapters.cache import OffloadedCache
+from wavekv.model_adapters.fingerprint import check_model, check_tokenizer
+from wavekv.model_adapters.layer import OffloadedLayer
+from wavekv.model_adapters.other_layers import restore_other
+from wavekv.offload.runtime import OffloadRuntime
+from wavekv.offload.stored import StoredLayer, restore_layer
+from wavekv.saved.reader import ContextReader
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_cache(
+    path: str | Path,
+    model: PreTrainedModel,
+    config: OffloadConfig,
+    *,
+    tokenizer: Any | None,
+    verify: bool,
+) -> OffloadedCache:
+    """The saved context at `path` as a cache of `model`; see `OffloadedCache.load`."""
+    with ContextReader.open(path) as reader:
+        place, description = str(reader.path), reader.manifest.description
+        with _said_of(place, "manifest.json"):
+            check_model(_mapping(description, "model"), model, place)
+            check_tokenizer(description.get("tokenizer"), tokenizer, place)
+            config = _with_layout(config, _mapping(description, "settings"))
+            layouts = [_layout(arena) for arena in _list(description, "arenas")]
+        if verify:
+            _expect_sound(reader)
+        small = [name for name in reader.arrays if not name.startswith("pages/")]
+        reader.check([*small, *reader.tables])
+        saved = {layout: _pages(reader, i, layout) for i, layout in enumerate(layouts)}
+        cache = OffloadedCache(model.config, config)
+        cache.model = ref(model)
+        cache.runtime = OffloadRuntime(config, saved)
+        layers = _list(description, "layers")
+        if len(layers) != len(cache.layers):
+            raise ContextFormatError(
+                f"expected {place}/manifest.json with {len(cache.layers)} layers, got {len(layers)}"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            for number, (layer, kept) in enumerate(zip(cache.layers, layers, strict=True)):
+                with _said_of(place, f"layer {number}"):
+                    _load_layer(reader, cache, layer, kept, number, model.device)
+            if description.get("has_padding"):
+                padding = cache.offloaded_layers[0].padding
+                assert padding is not None
+                padding.valid = reader.array("padding").to(model.device)
+    return cache
+
+
+def _load_layer(
+    reader: ContextReader,
+    cache: OffloadedCache,
+    layer: Any,
+    kept: Any,
+    number: int,
+    device: torch.device,
+) -> None:
+    if not isinstance(layer, OffloadedLayer):
+        tensors = _arrays(reader, f"others/{number}/")
+        restore_other(layer, _mapping(kept, "other"), tensors, device)
+        return
+    stored = StoredLayer(
+        dict(_mapping(kept, "offloaded")),
+        _arrays(reader, f"layers/{number}/"),
+        reader.table(f"layer_{number}_pages"),
+        reader.table(f"layer_{number}_blocks"),
+    )
+    layer.runtime = cache.runtime
+    layer.take_over(restore_layer(cache.runtime, stored, device))
+
+
+def _arrays(reader: ContextReader, prefix: str) -> dict[str, Tensor]:
+    names = [name for name in reader.arrays if name.startswith(prefix)]
+    return {name.removeprefix(prefix): reader.array(name) for name in names}
+
+
+def _pages(reader: ContextReader, number: int, layout: KVLayout) -> SavedPages:
+    pages = reader.pages(f"pages/{number}")
+    if (pages.stored_shape, pages.dtype) != (layout.stored_shape, layout.stored_dtype):
+        raise ContextFormatError(
+            f"expected pages/{number} of {reader.path} as {layout.stored_shape} "
+            f"{layout.stored_dtype}, got {pages.stored_shape} {pages.dtype}"
+        )
+    return SavedPages(
+        names=[str(reader.path / name) for name in pages.files],
+        rows_per_file=pages.rows_per_file,
+        crc32=pages.crc32.numpy(),
+        descriptors=pages.open(),
+        files=pages.map(),
+    )
+
+
+def _with_layout(config: OffloadConfig, saved: Mapping[str, Any]) -> OffloadConfig:
+    """`config`, with what says how the saved pages are laid out."""
+    layout = {name: saved[name] for name in LAYOUT_FIELDS}
+    return config.override(**layout)
+
+
+def _layout(arena: Mapping[str, Any]) -> KVLayout:
+    return KVLayout(
+        arena["page_size"], arena["head_dim"], _DTYPES[arena["dtype"]], arena["host_dtype"]
+    )
+
+
+def _expect_sound(reader: ContextReader) -> None:
+    problems = reader.verify()
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ContextFormatError(problems[0] + more)
+
+
+def _mapping(holder: Any, name: str) -> Mapping[str, Any]:
+    part = holder.get(name) if isinstance(holder, Mapping) else None
+    if not isinstance(part, Mapping):
+        raise LayoutError(f"{name} must be an object, got {part!r}")
+    return part
+
+
+def _list(holder: Mapping[str, Any], name: str) -> list[Any]:
+    part = holder.get(name)
+    if not isinstance(part, list):
+        raise LayoutError(f"{name} must be a list, got {part!r}")
+    return part
+
+
+@contextmanager
+def _said_of(place: str, part: str) -> Iterator[None]:
+    """Say where a part is that does not fit."""
+    try:
+        yield
+    except (LayoutError, ConfigError, LookupError, TypeError, AttributeError) as error:
+        raise ContextFormatError(
+            f"expected {place} with a {part} that fits itself, got: {error}; it was not written by "
+            "save(), or for another version"
+        ) from error

@@ -1,0 +1,110 @@
+"""Cache layers that stay as transformers made them (sliding windows, recurrent states), as plain
+arrays and values, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wavekv.errors import CacheError, LayoutError
+
+_PLAIN = bool, int, float, str, type(None)
+_MADE_LATER = {"keys", "values", "dtype", "device"}
+"""What a layer has once it holds tokens."""
+
+
+def store_other(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(values that JSON holds, tensors) of a layer.
+
+    Raises:
+        CacheError: the layer holds something else.
+    """
+    values: dict[str, Any] = {"class": type(layer).__name__}
+    tensors: dict[str, Tensor] = {}
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            values[name] = _keep(tensors, name, value)
+        elif isinstance(value, dict):
+            values[name] = {"dict": _stored_dict(layer, name, value, tensors)}
+        elif isinstance(value, torch.dtype):
+            values[name] = {"dtype": str(value).removeprefix("torch.")}
+        elif isinstance(value, torch.device):
+            values[name] = {"device": True}
+        elif isinstance(value, _PLAIN):
+            values[name] = value
+        else:
+            raise _unsaved(layer, name, value)
+    return values, tensors
+
+
+def restore_other(
+    layer: Any, values: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Make a fresh layer of the same class what was stored.
+
+    Raises:
+        LayoutError: it is of another class, or has no such attribute.
+    """
+    kind = values.get("class")
+    if kind != type(layer).__name__:
+        raise LayoutError(f"class must be {type(layer).__name__}, got {kind!r}")
+    known = set(vars(layer)) | _MADE_LATER
+    for name, value in values.items():
+        if name == "class":
+            continue
+        if name not in known:
+            raise LayoutError(f"attributes must be of {sorted(known)}, got {name!r}")
+        setattr(layer, name, _restored(value, tensors, device))
+
+
+def _stored_dict(
+    layer: Any, name: str, value: dict[Any, Any], tensors: dict[str, Tensor]
+) -> list[list[Any]]:
+    """[key, value] pairs: JSON has no numbers as keys."""
+    pairs: list[list[Any]] = []
+    for key, part in value.items():
+        if not isinstance(key, (int, str)):
+            raise _unsaved(layer, name, value)
+        if isinstance(part, Tensor):
+            pairs.append([key, _keep(tensors, f"{name}.{key}", part)])
+        elif isinstance(part, _PLAIN):
+            pairs.append([key, part])
+        else:
+            raise _unsaved(layer, name, part)
+    return pairs
+
+
+def _keep(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> dict[str, Any]:
+    # files hold no scalars
+    tensors[name] = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    return {"tensor": name, "is_scalar": tensor.dim() == 0}
+
+
+def _restored(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "device" in value:
+        return device
+    if "dtype" in value:
+        dtype = getattr(torch, str(value["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise LayoutError(f"dtype must be one of torch, got {value['dtype']!r}")
+        return dtype
+    if "dict" in value:
+        return {key: _restored(part, tensors, device) for key, part in value["dict"]}
+    tensor = tensors.get(str(value.get("tensor")))
+    if tensor is None:
+        raise LayoutError(f"tensors must be among {sorted(tensors)}, got {value!r}")
+    # not the mapped memory: these layers are small, and change all of it
+    tensor = tensor.to(device, copy=True)
+    return tensor.reshape(()) if value.get("is_scalar") else tensor
+
+
+def _unsaved(layer: Any, name: str, value: Any) -> CacheError:
+    return CacheError(
+        f"expected cache layers of tensors and plain values, got {type(layer).__name__}.{name} of "
+        f"type {type(value).__name__}, which a saved context does not hold"
+    )

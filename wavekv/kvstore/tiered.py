@@ -24,7 +24,7 @@ from torch import Tensor
 
 from wavekv.errors import CapacityError
 from wavekv.kvstore.aligned import aligned_empty
-from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena
+from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena, TierBytes
 from wavekv.kvstore.budget import MemoryBudget
 from wavekv.kvstore.clock import Clock
 from wavekv.kvstore.disk_tier import DiskTier, SavedPages
@@ -197,6 +197,17 @@ class TieredArena:
     def slots_of(self, ids: Tensor) -> Tensor:
         """Where pages (any shape) are in `host`, -1 for those that are not."""
         return torch.from_numpy(self._slot[ids.numpy()])
+
+    @property
+    def moved(self) -> TierBytes:
+        """As `HostArena.moved`."""
+        return TierBytes(self.disk.bytes_read, self.disk.bytes_written)
+
+    def held(self, ids: Tensor) -> TierBytes:
+        """As `HostArena.held`; pages in both tiers count in both."""
+        pages, size = ids.flatten().numpy(), self.layout.page_bytes
+        on_host, on_disk = (self._slot[pages] >= 0).sum(), self.disk.holds(pages).sum()
+        return TierBytes(int(on_host) * size, int(on_disk) * size)
 
     def read(self, ids: Tensor) -> Tensor:
         """As `HostArena.read`."""

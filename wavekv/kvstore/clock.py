@@ -28,22 +28,26 @@ class Clock:
         """Slots [n] are in use now."""
         self._was_used[slots] = True
 
-    def victims(self, count: int, is_spare: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """At most `count` slots to give up, of those that `is_spare` [num slots] allows. Fewer come
-        only if fewer are allowed. Cost: the slots that the hand passes."""
-        found: list[NDArray[np.int64]] = []
-        num_slots, missing = len(self._was_used), min(count, int(is_spare.sum()))
-        while missing:
+    def victims(
+        self, count: int, may_go: NDArray[np.bool_], is_held: NDArray[np.bool_]
+    ) -> NDArray[np.int64]:
+        """At most `count` slots to give up, of those that may go [num slots] and are not held. Fewer
+        come only if there are fewer. Cost: the slots that the hand passes, at most two rounds."""
+        found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
+        num_slots, passed = len(self._was_used), 0
+        taken = np.zeros(num_slots, dtype=bool)
+        while count and passed < 2 * num_slots:
             stop = min(self._hand + _STRIDE, num_slots)
-            passed = slice(self._hand, stop)
-            spare = np.flatnonzero(is_spare[passed] & ~self._was_used[passed])[:missing]
-            spare += self._hand
-            # taken slots are not met again by a hand that goes round
-            is_spare[spare] = False
-            if len(spare) == missing:
+            part = slice(self._hand, stop)
+            # those that are taken already are met again by a hand that goes round
+            is_spare = may_go[part] & ~is_held[part] & ~self._was_used[part] & ~taken[part]
+            spare = self._hand + np.flatnonzero(is_spare)[:count]
+            if len(spare) == count:
                 stop = int(spare[-1]) + 1
+            taken[spare] = True
             self._was_used[self._hand : stop] = False
             found.append(spare)
-            missing -= len(spare)
+            count -= len(spare)
+            passed += stop - self._hand
             self._hand = stop % num_slots
-        return np.concatenate([np.empty(0, dtype=np.int64), *found])
+        return np.concatenate(found)

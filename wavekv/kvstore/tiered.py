@@ -13,8 +13,9 @@ The pages of a saved context, if there is one, are the first ids, and have a ref
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any
 
@@ -26,11 +27,14 @@ from wavekv.errors import CapacityError
 from wavekv.kvstore.aligned import aligned_empty
 from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena, TierBytes
 from wavekv.kvstore.budget import MemoryBudget
-from wavekv.kvstore.clock import Clock
 from wavekv.kvstore.disk_tier import DiskTier, SavedPages
+from wavekv.kvstore.host_slots import HostSlots, SlotChanges
 from wavekv.kvstore.layout import KVLayout
 from wavekv.kvstore.page_file import Rows
 from wavekv.kvstore.page_ids import PageIds
+
+_PART = 256
+"""Pages that are read together where there is a deadline."""
 
 
 class TieredArena:
@@ -57,18 +61,20 @@ class TieredArena:
         """The slots of the cache; its ids are their numbers."""
         self.disk = DiskTier(layout.page_bytes, disk_budget, folder, base)
         self.ids = PageIds()
-        self._clock = Clock()
-        # the slot of each id, and the id in each slot; -1 for none
-        self._slot = np.empty(0, dtype=np.int64)
-        self._owner = np.empty(0, dtype=np.int64)
-        # slots that may not be given up: pages that are built, or wanted now
-        self._is_held = np.empty(0, dtype=bool)
+        self._slots = HostSlots()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="wavekv-read")
+        self._arriving: deque[tuple[Rows, Rows, Future[None]]] = deque()
         self._building: deque[tuple[Tensor, Future[Any]]] = deque()
         self._unwritten: deque[Rows] = deque()
         self._num_unwritten = 0
         if self.disk.num_base:
             self._grow_ids(self.disk.num_base)
             self.ids.allocate(self.disk.num_base)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_arriving"):
+            # the memory that it reads into goes with this
+            self._reader.shutdown(wait=True, cancel_futures=True)
 
     @property
     def num_pages(self) -> int:
@@ -84,7 +90,7 @@ class TieredArena:
     @property
     def num_on_host(self) -> int:
         """Pages in memory."""
-        return int((self._owner >= 0).sum())
+        return int((self._slots.owner >= 0).sum())
 
     def reserve(self, num_pages: int) -> None:
         """See that there is room for `num_pages` more, in one tier or the other.
@@ -133,7 +139,7 @@ class TieredArena:
         if len(self.ids.free) < num_pages:
             self._grow_ids(num_pages - len(self.ids.free))
         ids = self.ids.allocate(num_pages)
-        self._take_slots(ids)
+        self._slots.fill(ids, self._take_slots(num_pages), are_copies=False)
         return torch.from_numpy(ids)
 
     def seal(self, ids: Tensor, after: Future[Any] | None = None) -> None:
@@ -144,35 +150,39 @@ class TieredArena:
             self._seal_built()
             return
         pages = ids.flatten().numpy().copy()
-        self._is_held[self._slot[pages]] = False
+        self._slots.is_held[self._slots.of[pages]] = False
         self._unwritten.append(pages)
         self._num_unwritten += len(pages)
         self._write_behind()
 
-    def bring(self, ids: Tensor) -> Brought:
+    def bring(self, ids: Tensor, deadline: float | None = None) -> Brought:
         """Have the pages `ids` (any shape, -1 for none) in memory until others are brought or
         allocated.
 
+        deadline: seconds to wait for those that must be read, None for as long as it takes. Others
+        have no slot (-1) in the result; they come later. The first ids are read first.
+
         Raises:
             CapacityError: cpu_budget does not hold so many.
-            ContextFormatError: a page is not what was written; nothing is brought then.
+            ContextFormatError: a page is not what was written.
         """
         self._collect()
         wanted = ids.flatten().numpy()
-        pages = np.unique(wanted[wanted >= 0])
-        slots = self._slot[pages]
-        found, missing = slots[slots >= 0], pages[slots < 0]
-        self._clock.use(found)
+        is_page = wanted >= 0
+        slots = np.where(is_page, self._slots.of[wanted], -1)
+        found = slots[slots >= 0]
+        self._slots.use(found)
+        missing = wanted[is_page & (slots < 0)]
         if len(missing):
-            self._write_behind()
-            was_held = self._is_held[found].copy()
-            self._is_held[found] = True
-            try:
-                self._bring_missing(missing)
-            finally:
-                self._is_held[found] = was_held
-        result = np.where(wanted >= 0, self._slot[wanted], -1)
-        return Brought(torch.from_numpy(result).view(ids.shape), len(missing))
+            _, first = np.unique(missing, return_index=True)
+            missing = missing[np.sort(first)]
+            self._bring_missing(missing, found, deadline)
+            slots = np.where(is_page, self._slots.of[wanted], -1)
+        return Brought(torch.from_numpy(slots).view(ids.shape), len(missing))
+
+    def watch(self) -> SlotChanges:
+        """Ids of pages whose place in memory changes from now on, while the result is kept."""
+        return self._slots.watch()
 
     def retain(self, ids: Tensor) -> None:
         """Add a reference to each page of `ids` (any shape; an id may recur)."""
@@ -196,7 +206,7 @@ class TieredArena:
 
     def slots_of(self, ids: Tensor) -> Tensor:
         """Where pages (any shape) are in `host`, -1 for those that are not."""
-        return torch.from_numpy(self._slot[ids.numpy()])
+        return torch.from_numpy(self._slots.of[ids.numpy()])
 
     @property
     def moved(self) -> TierBytes:
@@ -206,7 +216,7 @@ class TieredArena:
     def held(self, ids: Tensor) -> TierBytes:
         """As `HostArena.held`; pages in both tiers count in both."""
         pages, size = ids.flatten().numpy(), self.layout.page_bytes
-        on_host, on_disk = (self._slot[pages] >= 0).sum(), self.disk.holds(pages).sum()
+        on_host, on_disk = (self._slots.of[pages] >= 0).sum(), self.disk.holds(pages).sum()
         return TierBytes(int(on_host) * size, int(on_disk) * size)
 
     def read(self, ids: Tensor) -> Tensor:
@@ -220,7 +230,7 @@ class TieredArena:
             shape = len(ids), *self.layout.stored_shape
             out = aligned_empty(shape, self.layout.stored_dtype)
         pages = ids.numpy()
-        slots = self._slot[pages]
+        slots = self._slots.of[pages]
         there, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         if not len(missing):
             return self.host.gather(torch.from_numpy(slots), out)
@@ -232,14 +242,16 @@ class TieredArena:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless ids, slots and places agree."""
         self._collect()
+        self._finish_reads()
         for part in self.ids, self.host, self.disk:
             part.check_integrity()
         every = np.arange(self.ids.capacity)
         in_use, on_disk = self.ids.references > 0, self.disk.holds(every)
-        owned = np.flatnonzero(self._owner >= 0)
-        agree = np.array_equal(self._slot[self._owner[owned]], owned)
-        lost = int((in_use & (self._slot < 0) & ~on_disk).sum())
-        kept = int((~in_use & ((self._slot >= 0) | on_disk)).sum())
+        of, owner = self._slots.of, self._slots.owner
+        owned = np.flatnonzero(owner >= 0)
+        agree = np.array_equal(of[owner[owned]], owned)
+        lost = int((in_use & (of < 0) & ~on_disk).sum())
+        kept = int((~in_use & ((of >= 0) | on_disk)).sum())
         if not agree or lost or kept or len(owned) != self.host.ids.num_used:
             raise RuntimeError(
                 f"arena integrity: {lost} pages in neither tier, {kept} free pages in one, "
@@ -269,9 +281,8 @@ class TieredArena:
 
     def _grow_ids(self, count: int) -> None:
         self.ids.grow(count)
-        self._slot = np.pad(self._slot, (0, count), constant_values=-1)
-        lacking = self.ids.capacity - len(self.disk)
-        self.disk.grow(lacking)
+        self._slots.grow(self.ids.capacity, self.host.capacity)
+        self.disk.grow(self.ids.capacity - len(self.disk))
 
     def _make_free(self, num_pages: int) -> None:
         """Have so many free slots: of new memory while the budget has some, then of pages that are
@@ -282,39 +293,32 @@ class TieredArena:
             num_chunks = host.budget.free // host.chunk_nbytes + host.num_ordered
             num_chunks = min(-(-lacking // host.pages_per_chunk), num_chunks)
             host.reserve(len(host.ids.free) + num_chunks * host.pages_per_chunk)
-            self._grow_slots()
+            self._slots.grow(self.ids.capacity, host.capacity)
         while (lacking := num_pages - len(host.ids.free)) > 0:
             if not (self._give_up(lacking) or self._wait_for_some(lacking)):
                 self._refuse(num_pages)
 
-    def _grow_slots(self) -> None:
-        more = self.host.capacity - len(self._owner)
-        self._owner = np.pad(self._owner, (0, more), constant_values=-1)
-        self._is_held = np.pad(self._is_held, (0, more))
-        self._clock.grow(self.host.capacity)
-
-    def _take_slots(self, ids: Rows) -> Rows:
-        """Slots for pages, of which there are as many free; held."""
-        slots: Rows = self.host.allocate(len(ids)).numpy()
-        self._slot[ids], self._owner[slots] = slots, ids
-        self._is_held[slots] = True
+    def _take_slots(self, count: int) -> Rows:
+        """Slots, of which there are as many free; held."""
+        slots: Rows = self.host.allocate(count).numpy()
+        self._slots.hold(slots)
         return slots
 
     def _give_up(self, count: int) -> int:
         """Free at most `count` slots of pages that are in a file; how many."""
-        is_spare = (self._owner >= 0) & ~self._is_held
-        is_spare[is_spare] = self.disk.holds(self._owner[is_spare])
-        victims = self._clock.victims(count, is_spare)
+        victims = self._slots.victims(count)
         self._clear(victims)
         return len(victims)
 
     def _clear(self, slots: Rows) -> None:
-        self._slot[self._owner[slots]], self._owner[slots] = -1, -1
-        self._is_held[slots] = False
+        self._slots.clear(slots)
         self.host.release(torch.from_numpy(slots))
 
     def _wait_for_some(self, count: int) -> bool:
         """Wait until more pages could be given up; False if no more ever can."""
+        if self._arriving:
+            self._finish_reads()
+            return True
         if not self.disk.is_writing and not self._start_writing(count):
             if not self._building:
                 return False
@@ -325,16 +329,49 @@ class TieredArena:
         self._finish_writes(wait=True)
         return True
 
-    def _bring_missing(self, missing: Rows) -> None:
-        self._make_free(len(missing))
-        slots = self._take_slots(missing)
+    def _bring_missing(self, missing: Rows, found: Rows, deadline: float | None) -> None:
+        """Read pages that are not in memory, without giving up the slots `found`."""
+        self._write_behind()
+        end = None if deadline is None else time.monotonic() + deadline
+        was_held = self._slots.is_held[found].copy()
+        self._slots.hold(found)
         try:
-            self.disk.read(missing, self.host.chunks, slots)
-        except BaseException:
-            self._clear(slots)
-            raise
-        self._is_held[slots] = False
-        self._clock.use(slots)
+            on_way = [pages for pages, _, _ in self._arriving]
+            new = missing[~np.isin(missing, np.concatenate(on_way))] if on_way else missing
+            if len(new):
+                self._make_free(len(new))
+                self._begin_reads(new, len(new) if end is None else _PART)
+            self._finish_reads(end)
+        finally:
+            self._slots.is_held[found] = was_held
+
+    def _begin_reads(self, pages: Rows, size: int) -> None:
+        """Read pages, `size` after `size`, on another thread."""
+        for start in range(0, len(pages), size):
+            part = pages[start : start + size]
+            slots = self._take_slots(len(part))
+            read = self._reader.submit(self.disk.read, part, list(self.host.chunks), slots)
+            self._arriving.append((part, slots, read))
+
+    def _finish_reads(self, end: float | None = None) -> None:
+        """Take in what was read; waits for it until the time `end`.
+
+        Raises:
+            ContextFormatError, OSError: a page could not be read, and its part is not there.
+        """
+        while self._arriving:
+            pages, slots, read = self._arriving[0]
+            wait((read,), None if end is None else max(0.0, end - time.monotonic()))
+            if not read.done():
+                return
+            self._arriving.popleft()
+            error = read.exception()
+            if error is not None:
+                self._clear(slots)
+                raise error
+            self._slots.fill(pages, slots, are_copies=True)
+            self._slots.is_held[slots] = False
+            self._slots.use(slots)
 
     def _write_behind(self) -> None:
         """Begin to write pages that only memory holds, if they are many and more are to come."""
@@ -356,15 +393,15 @@ class TieredArena:
             part = self._unwritten.popleft()
             self._num_unwritten -= len(part)
             # what was freed meanwhile is not there, or is another page by now
-            part = part[(self._slot[part] >= 0) & ~self.disk.holds(part)]
-            part = part[~self._is_held[self._slot[part]]]
+            part = part[(self._slots.of[part] >= 0) & ~self.disk.holds(part)]
+            part = part[~self._slots.is_held[self._slots.of[part]]]
             parts.append(part)
             count -= len(part)
         pages = np.unique(np.concatenate(parts))
         if not len(pages):
             return False
         try:
-            self.disk.begin_writing(pages, self.host.chunks, self._slot[pages])
+            self.disk.begin_writing(pages, self.host.chunks, self._slots.of[pages])
         except CapacityError:
             self._write_later(pages)
             raise
@@ -376,7 +413,8 @@ class TieredArena:
         self._num_unwritten += len(pages)
 
     def _finish_writes(self, *, wait: bool = False) -> None:
-        failed = self.disk.finish_writing(wait=wait)
+        written, failed = self.disk.finish_writing(wait=wait)
+        self._slots.copied(written)
         if len(failed):
             self._write_later(failed)
             raise CapacityError(
@@ -396,11 +434,13 @@ class TieredArena:
             return
         if self.disk.is_writing:
             self._finish_writes(wait=True)
-        slots = self._slot[freed]
+        self._finish_reads()
+        slots = self._slots.of[freed]
         self._clear(slots[slots >= 0])
         self.disk.forget(freed)
 
     def _collect(self) -> None:
         self._forget(self.ids.collect())
+        self._finish_reads(end=0.0)
         self._finish_writes()
         self._seal_built()

@@ -180,6 +180,10 @@ class HostArena:
         """Have the pages `ids` (any shape, -1 for none) in memory: they are."""
         return Brought(ids, 0)
 
+    def slots_of(self, ids: Tensor) -> Tensor:
+        """Where pages are in `host`."""
+        return ids
+
     @property
     def moved(self) -> TierBytes:
         """Bytes that were read from files to memory, and written from memory to them."""

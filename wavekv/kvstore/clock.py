@@ -31,7 +31,7 @@ class Clock:
     def victims(
         self, count: int, may_go: NDArray[np.bool_], is_held: NDArray[np.bool_]
     ) -> NDArray[np.int64]:
-        """At most `count` slots to give up, of those that may go [num slots] and are not held. Fewer
+        """At most `count` slots to give up, of those that may go [slots] and are not held. Fewer
         come only if there are fewer. Cost: the slots that the hand passes, at most two rounds."""
         found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
         num_slots, passed = len(self._was_used), 0

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -42,13 +43,17 @@ from wavekv.kernels.step import (
     StepSteady,
     empty_scratch,
 )
+from wavekv.kvstore import TieredArena
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
+from wavekv.offload.disk_requests import DiskRequests
 from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
 from wavekv.offload.pool import fitted_shape
+from wavekv.offload.slot_table import SlotTable
+from wavekv.offload.step_graph import StepGraph
 from wavekv.offload.streams import ORDINARY, SideStreams
 
 _HOST_ROOM_TOKENS = 2048
@@ -100,8 +105,18 @@ class DecodeEngine:
         )
         valid = torch.zeros(B, A + C, dtype=torch.bool, device=self.device)
         self.new_valid = torch.ones(B, dtype=torch.bool, device=self.device)
+        self._table: SlotTable | None = None
+        if isinstance(self._host_arena, TieredArena):
+            # with room for as many new pages as there are
+            capacity = 2 * self._host_arena.ids.capacity + len(contexts) * (
+                self.shape.rows * self.shape.capacity
+            )
+            self._table = SlotTable(self._host_arena, capacity, self.device)
+        slots = None if self._table is None else self._table.slots
         self.layers = [
-            DeviceLayer(context, StepSteady(self.ring[i, 0], self.ring[i, 1], valid), self.shape)
+            DeviceLayer(
+                context, StepSteady(self.ring[i, 0], self.ring[i, 1], valid), self.shape, slots
+            )
             for i, context in enumerate(contexts)
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
@@ -127,6 +142,18 @@ class DecodeEngine:
             ops=ops,
         )
         self._aside = SideStreams((ORDINARY,), self.device)
+        self.graph = StepGraph() if self.device.type == "cuda" else None
+        """Of the step, where it is captured."""
+        self._requests: DiskRequests | None = None
+        if isinstance(self._host_arena, TieredArena) and self._table is not None:
+            self._requests = DiskRequests(
+                self._host_arena,
+                self._table,
+                self.layers,
+                self.shape,
+                deadline=self.config.disk_deadline,
+                refresh_chunks=self._refresh_chunks,
+            )
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
         self.last_queries: dict[int, Tensor] = {}
@@ -144,6 +171,8 @@ class DecodeEngine:
     @property
     def is_full(self) -> bool:
         """Whether the buffers have no room for another step: time to give back."""
+        if self._table is not None and self._table.is_too_small:
+            return not self.growth.is_running
         if self._num_waiting < self.config.append_segment or self.growth.is_running:
             return False
         has_room = self.num_pages + self.growth.num_pages <= self.shape.capacity
@@ -157,7 +186,7 @@ class DecodeEngine:
         with suppress(CapacityError):
             self._next_ids = self._host_arena.allocate(self.growth.num_arena_pages)
             self._refresh_chunks()
-            self.growth.capture(self._next_ids)
+            self.growth.capture(self._next_ids, self._host_arena.slots_of(self._next_ids))
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -207,6 +236,8 @@ class DecodeEngine:
             self.limits.copy_(values, non_blocking=True)
             self._limits = limits
         self._grow()
+        if self._table is not None:
+            self._table.refresh()
 
     def after_step(self) -> None:
         """Count the step that was launched."""
@@ -240,6 +271,8 @@ class DecodeEngine:
                 # nor does this; beside a refinement, which fills the device, it would delay it
                 ops.value_slope(q, pages, counters, scratch, shape)
         self._select(layer, scratch, shape)
+        if self._requests is not None:
+            self._ask_disk(number, self._requests)
         self._fetches.wait_resolved()
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         self._fetches.start(number, shape)
@@ -249,6 +282,18 @@ class DecodeEngine:
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
         return scratch.out.unsqueeze(2)
+
+    def _ask_disk(self, number: int, requests: DiskRequests) -> None:
+        """Have the pages that layer `number` chose in host memory: the step is cut here."""
+        requests.ask(number, self.scratch.chosen)
+        # a graph ends with one stream
+        self._fetches.join()
+        self._aside.join()
+        serve = partial(requests.serve, number)
+        if self.graph is None:
+            serve()
+        else:
+            self.graph.cut(serve)
 
     def prefetch(self, number: int, query: Tensor, logits: Logits) -> None:
         """Fetch what layer `number` would choose for `query` [B, Hq, 1, D], beside other work."""
@@ -329,7 +374,7 @@ class DecodeEngine:
         self._next_ids = ids
         self._refresh_chunks()
         self._host_arena.order_ahead(growth.num_arena_pages)
-        growth.start(ids)
+        growth.start(ids, self._host_arena.slots_of(ids))
         self._num_growing = segment
         if growth.is_done:
             self._commit()
@@ -338,7 +383,9 @@ class DecodeEngine:
         segment = self.config.append_segment
         self.start += segment
         self.num_pages += self.growth.num_pages
-        self.grown.append(self.growth.commit(self.start))
+        grown = self.growth.commit(self.start)
+        self._host_arena.seal(grown.page_ids)
+        self.grown.append(grown)
         self._num_growing, self._next_ids = 0, None
 
     def _refresh_chunks(self) -> None:

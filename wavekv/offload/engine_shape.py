@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from wavekv.config import OffloadConfig
 from wavekv.kernels.step import StepShape
-from wavekv.kvstore import KVLayout, TieredArena
+from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.index_sizes import index_sizes
@@ -52,8 +52,6 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     if len(kinds) > 1:
         return "layers differ in heads, tokens, dtype or device"
     config = first.runtime.config
-    if isinstance(first.paged.arena, TieredArena):
-        return "pages are in tiers"
     if first.paged.arena.layout.page_bytes % 4:
         return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
     if first.steady.num_local > config.window + 2 * config.append_segment:

@@ -27,9 +27,9 @@ def checked(chunks: Iterable[bytes], entry: FileEntry, name: str, where: str) ->
         if nbytes > entry.nbytes:
             _fail(where, name, "bytes", str(entry.nbytes), f"{nbytes} or more")
         crc32 = zlib.crc32(chunk, crc32)
-        if held:
+        if held and chunk:
             yield held
-        held = chunk
+        held = chunk or held
     if nbytes != entry.nbytes:
         _fail(where, name, "bytes", str(entry.nbytes), str(nbytes))
     if crc32 != entry.crc32:

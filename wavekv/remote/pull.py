@@ -77,11 +77,12 @@ def _expect_room(path: Path, replace: bool) -> None:
 def _gather(store: Store, manifest: Manifest, gathered: Path, transfer: Transfer) -> Copied:
     """Have all files of a context in a directory."""
     kept = FolderStore.at(gathered)
+    absent = {problem.file for problem in misfits(manifest, kept.sizes())}
 
     def fetch(name: str) -> int | None:
         """The bytes that came; None where the file was there."""
         entry = manifest.files[name]
-        if _is_sound(kept, manifest, name):
+        if name not in absent and _is_sound(kept, manifest, name):
             transfer.done(entry.nbytes)
             return None
         target = gathered / name

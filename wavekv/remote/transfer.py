@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Event, Lock
 from typing import TypeVar
 
@@ -34,21 +34,23 @@ class Transfer:
         self._progress = progress
         self._lock = Lock()
         self._failed = Event()
+        self._failure: BaseException | None = None
 
     def run(self, work: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
         """Call `work` for each item and return what it returned, in order.
 
-        The first failure is raised, as soon as the items in work noticed it in `done`.
+        The first failure is raised; no item is begun after it, and those in work stop at their next
+        chunk.
         """
         with ThreadPoolExecutor(self._jobs) as pool:
-            futures = [pool.submit(work, item) for item in items]
+            futures = [pool.submit(self._attempt, work, item) for item in items]
             try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
+                wait(futures)
+            except BaseException:  # an interrupt: the threads are to stop before it goes on
                 self._failed.set()
-                pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if self._failure is not None:
+            raise self._failure
         return [future.result() for future in futures]
 
     def done(self, nbytes: int) -> None:
@@ -59,6 +61,19 @@ class Transfer:
             with self._lock:
                 self._progress(nbytes, self._total)
 
+    def _attempt(self, work: Callable[[_Item], _Result], item: _Item) -> _Result:
+        if self._failed.is_set():
+            raise _StoppedError
+        try:
+            return work(item)
+        except _StoppedError:
+            raise
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._failed.set()
+            raise
+
 
 class _StoppedError(Exception):
-    """Raised in the threads of all items when the work on another item failed."""
+    """Raised in the threads of other items when the work on another item failed."""

@@ -101,6 +101,12 @@ class Store:
             raise
         except self._failures as error:
             raise RemoteError(
-                f"expected to reach {self.url.rstrip('/')}/{name}, got {error!r}; check the URL, "
-                "the credentials and the network"
+                f"expected to reach {self.url.rstrip('/')}/{name}, got {_brief(error)}; check the "
+                "URL, the credentials and the network"
             ) from error
+
+
+def _brief(error: Exception) -> str:
+    """An error in one line, without what obstore adds for those who debug it."""
+    text = str(error).partition("\n\nDebug source:")[0]
+    return f"{type(error).__name__}: {' '.join(text.split())}"

@@ -64,7 +64,7 @@ class Growth:
     def nbytes(self) -> int:
         """Bytes of its buffers on the device."""
         buffers = self._counts, self._token_ids, self._totals, self._spans, self._moved
-        return int(self._ids.nbytes) + sum(buffer.nbytes for buffer in buffers)
+        return sum(int(buffer.nbytes) for buffer in (self._ids, *buffers))
 
     @property
     def num_arena_pages(self) -> int:

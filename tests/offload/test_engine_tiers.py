@@ -62,7 +62,8 @@ def test_given_back_contexts_go_on_eagerly(tmp_path: Path) -> None:
         engine.give_back()
         outs[-1] += [out for _ in range(30) for out in eager_step(contexts, steps.token())]
     for one, other in zip(*outs, strict=True):
-        assert torch.equal(one, other)
+        # products round by where their memory begins
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     arena_of(contexts).check_integrity()
 
 
@@ -86,7 +87,7 @@ def test_pages_that_come_too_late_are_estimated_and_counted(tmp_path: Path) -> N
     assert all(bool(out.isfinite().all()) for out in ours)
     late = int(engine.layers[0].totals.paging[..., 2].sum())
     assert late > 0
-    arena._finish_reads()
+    arena._arrivals.finish()
     engine_step(engine, token)
     # the same choice, which is there by now
     assert int(engine.layers[0].totals.paging[..., 2].sum()) - late < late // 2

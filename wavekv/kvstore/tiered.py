@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,14 @@ from torch import Tensor
 from wavekv.errors import CapacityError
 from wavekv.kvstore.aligned import aligned_empty
 from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena, TierBytes
+from wavekv.kvstore.arrivals import Arrivals
 from wavekv.kvstore.budget import MemoryBudget
 from wavekv.kvstore.disk_tier import DiskTier, SavedPages
 from wavekv.kvstore.host_slots import HostSlots, SlotChanges
 from wavekv.kvstore.layout import KVLayout
 from wavekv.kvstore.page_file import Rows
 from wavekv.kvstore.page_ids import PageIds
-
-_PART = 256
-"""Pages that are read together where there is a deadline."""
+from wavekv.kvstore.write_behind import WriteBehind
 
 
 class TieredArena:
@@ -61,20 +59,18 @@ class TieredArena:
         """The slots of the cache; its ids are their numbers."""
         self.disk = DiskTier(layout.page_bytes, disk_budget, folder, base)
         self.ids = PageIds()
-        self._slots = HostSlots()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="wavekv-read")
-        self._arriving: deque[tuple[Rows, Rows, Future[None]]] = deque()
+        self._slots = HostSlots(self.host)
+        self._arrivals = Arrivals(self.disk, self._slots)
+        self._writes = WriteBehind(self.disk, self._slots)
         self._building: deque[tuple[Tensor, Future[Any]]] = deque()
-        self._unwritten: deque[Rows] = deque()
-        self._num_unwritten = 0
         if self.disk.num_base:
             self._grow_ids(self.disk.num_base)
             self.ids.allocate(self.disk.num_base)
 
     def __del__(self) -> None:
-        if hasattr(self, "_arriving"):
-            # the memory that it reads into goes with this
-            self._reader.shutdown(wait=True, cancel_futures=True)
+        if hasattr(self, "_arrivals"):
+            # the memory that is read into goes with this
+            self._arrivals.close()
 
     @property
     def num_pages(self) -> int:
@@ -139,7 +135,7 @@ class TieredArena:
         if len(self.ids.free) < num_pages:
             self._grow_ids(num_pages - len(self.ids.free))
         ids = self.ids.allocate(num_pages)
-        self._slots.fill(ids, self._take_slots(num_pages), are_copies=False)
+        self._slots.open(ids)
         return torch.from_numpy(ids)
 
     def seal(self, ids: Tensor, after: Future[Any] | None = None) -> None:
@@ -150,10 +146,9 @@ class TieredArena:
             self._seal_built()
             return
         pages = ids.flatten().numpy().copy()
-        self._slots.is_held[self._slots.of[pages]] = False
-        self._unwritten.append(pages)
-        self._num_unwritten += len(pages)
-        self._write_behind()
+        self._slots.seal(pages)
+        self._writes.add(pages)
+        self._keep_up()
 
     def bring(self, ids: Tensor, deadline: float | None = None) -> Brought:
         """Have the pages `ids` (any shape, -1 for none) in memory until others are brought or
@@ -242,20 +237,16 @@ class TieredArena:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless ids, slots and places agree."""
         self._collect()
-        self._finish_reads()
-        for part in self.ids, self.host, self.disk:
+        self._arrivals.finish()
+        for part in self.ids, self.host, self.disk, self._slots:
             part.check_integrity()
-        every = np.arange(self.ids.capacity)
-        in_use, on_disk = self.ids.references > 0, self.disk.holds(every)
-        of, owner = self._slots.of, self._slots.owner
-        owned = np.flatnonzero(owner >= 0)
-        agree = np.array_equal(of[owner[owned]], owned)
-        lost = int((in_use & (of < 0) & ~on_disk).sum())
-        kept = int((~in_use & ((of >= 0) | on_disk)).sum())
-        if not agree or lost or kept or len(owned) != self.host.ids.num_used:
+        in_use, on_host = self.ids.references > 0, self._slots.of >= 0
+        on_disk = self.disk.holds(np.arange(self.ids.capacity))
+        lost = int((in_use & ~on_host & ~on_disk).sum())
+        kept = int((~in_use & (on_host | on_disk)).sum())
+        if lost or kept:
             raise RuntimeError(
-                f"arena integrity: {lost} pages in neither tier, {kept} free pages in one, "
-                f"{len(owned)} slots with a page where {self.host.ids.num_used} are in use"
+                f"arena integrity: {lost} pages in neither tier, {kept} free pages in one"
             )
 
     @property
@@ -281,7 +272,7 @@ class TieredArena:
 
     def _grow_ids(self, count: int) -> None:
         self.ids.grow(count)
-        self._slots.grow(self.ids.capacity, self.host.capacity)
+        self._slots.grow(self.ids.capacity)
         self.disk.grow(self.ids.capacity - len(self.disk))
 
     def _make_free(self, num_pages: int) -> None:
@@ -293,134 +284,42 @@ class TieredArena:
             num_chunks = host.budget.free // host.chunk_nbytes + host.num_ordered
             num_chunks = min(-(-lacking // host.pages_per_chunk), num_chunks)
             host.reserve(len(host.ids.free) + num_chunks * host.pages_per_chunk)
-            self._slots.grow(self.ids.capacity, host.capacity)
+            self._slots.grow(self.ids.capacity)
         while (lacking := num_pages - len(host.ids.free)) > 0:
-            if not (self._give_up(lacking) or self._wait_for_some(lacking)):
+            if not (self._slots.give_up(lacking) or self._wait_for_some(lacking)):
                 self._refuse(num_pages)
-
-    def _take_slots(self, count: int) -> Rows:
-        """Slots, of which there are as many free; held."""
-        slots: Rows = self.host.allocate(count).numpy()
-        self._slots.hold(slots)
-        return slots
-
-    def _give_up(self, count: int) -> int:
-        """Free at most `count` slots of pages that are in a file; how many."""
-        victims = self._slots.victims(count)
-        self._clear(victims)
-        return len(victims)
-
-    def _clear(self, slots: Rows) -> None:
-        self._slots.clear(slots)
-        self.host.release(torch.from_numpy(slots))
 
     def _wait_for_some(self, count: int) -> bool:
         """Wait until more pages could be given up; False if no more ever can."""
-        if self._arriving:
-            self._finish_reads()
-            return True
-        if not self.disk.is_writing and not self._start_writing(count):
-            if not self._building:
-                return False
+        if self._arrivals:
+            self._arrivals.finish()
+        elif self.disk.is_writing or self._writes.begin(count):
+            self._writes.finish(wait=True)
+        elif self._building:
             # pages that are built on another thread
             self._building[0][1].exception()
             self._seal_built()
-            return True
-        self._finish_writes(wait=True)
+        else:
+            return False
         return True
 
     def _bring_missing(self, missing: Rows, found: Rows, deadline: float | None) -> None:
         """Read pages that are not in memory, without giving up the slots `found`."""
-        self._write_behind()
+        self._keep_up()
         end = None if deadline is None else time.monotonic() + deadline
         was_held = self._slots.is_held[found].copy()
-        self._slots.hold(found)
+        self._slots.is_held[found] = True
         try:
-            on_way = [pages for pages, _, _ in self._arriving]
-            new = missing[~np.isin(missing, np.concatenate(on_way))] if on_way else missing
+            new = self._arrivals.without(missing)
             if len(new):
                 self._make_free(len(new))
-                self._begin_reads(new, len(new) if end is None else _PART)
-            self._finish_reads(end)
+                self._arrivals.begin(new, at_once=end is None)
+            self._arrivals.finish(end)
         finally:
             self._slots.is_held[found] = was_held
 
-    def _begin_reads(self, pages: Rows, size: int) -> None:
-        """Read pages, `size` after `size`, on another thread."""
-        for start in range(0, len(pages), size):
-            part = pages[start : start + size]
-            slots = self._take_slots(len(part))
-            read = self._reader.submit(self.disk.read, part, list(self.host.chunks), slots)
-            self._arriving.append((part, slots, read))
-
-    def _finish_reads(self, end: float | None = None) -> None:
-        """Take in what was read; waits for it until the time `end`.
-
-        Raises:
-            ContextFormatError, OSError: a page could not be read, and its part is not there.
-        """
-        while self._arriving:
-            pages, slots, read = self._arriving[0]
-            wait((read,), None if end is None else max(0.0, end - time.monotonic()))
-            if not read.done():
-                return
-            self._arriving.popleft()
-            error = read.exception()
-            if error is not None:
-                self._clear(slots)
-                raise error
-            self._slots.fill(pages, slots, are_copies=True)
-            self._slots.is_held[slots] = False
-            self._slots.use(slots)
-
-    def _write_behind(self) -> None:
-        """Begin to write pages that only memory holds, if they are many and more are to come."""
-        on_host = self._host_pages
-        is_near = self.ids.num_used - self.disk.num_base > 3 * on_host // 4
-        if is_near and self._num_unwritten > on_host // 4:
-            # where the disk has no room, memory may have it still
-            with suppress(CapacityError):
-                self._start_writing(self._num_unwritten - on_host // 8)
-
-    def _start_writing(self, count: int) -> bool:
-        """Begin to write at least `count` pages, the oldest; False if there are none.
-
-        Raises:
-            CapacityError: the disk has no room for them.
-        """
-        parts = [np.empty(0, dtype=np.int64)]
-        while self.disk.is_writable and self._unwritten and count > 0:
-            part = self._unwritten.popleft()
-            self._num_unwritten -= len(part)
-            # what was freed meanwhile is not there, or is another page by now
-            part = part[(self._slots.of[part] >= 0) & ~self.disk.holds(part)]
-            part = part[~self._slots.is_held[self._slots.of[part]]]
-            parts.append(part)
-            count -= len(part)
-        pages = np.unique(np.concatenate(parts))
-        if not len(pages):
-            return False
-        try:
-            self.disk.begin_writing(pages, self.host.chunks, self._slots.of[pages])
-        except CapacityError:
-            self._write_later(pages)
-            raise
-        return True
-
-    def _write_later(self, pages: Rows) -> None:
-        """Pages that were to be written: the first to be so again."""
-        self._unwritten.appendleft(pages)
-        self._num_unwritten += len(pages)
-
-    def _finish_writes(self, *, wait: bool = False) -> None:
-        written, failed = self.disk.finish_writing(wait=wait)
-        self._slots.copied(written)
-        if len(failed):
-            self._write_later(failed)
-            raise CapacityError(
-                f"{len(failed)} pages could not be written to disk; see that {self.disk.where} can "
-                "be written and has room, and go on"
-            )
+    def _keep_up(self) -> None:
+        self._writes.keep_up(self.ids.num_used - self.disk.num_base, self._host_pages)
 
     def _seal_built(self) -> None:
         while self._building and self._building[0][1].done():
@@ -433,14 +332,15 @@ class TieredArena:
         if not len(freed):
             return
         if self.disk.is_writing:
-            self._finish_writes(wait=True)
-        self._finish_reads()
+            self._writes.finish(wait=True)
+        self._arrivals.finish()
         slots = self._slots.of[freed]
-        self._clear(slots[slots >= 0])
+        self._slots.clear(slots[slots >= 0])
         self.disk.forget(freed)
 
     def _collect(self) -> None:
+        """Take note of what others did meanwhile."""
         self._forget(self.ids.collect())
-        self._finish_reads(end=0.0)
-        self._finish_writes()
+        self._arrivals.finish(end=0.0)
+        self._writes.finish()
         self._seal_built()

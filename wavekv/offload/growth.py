@@ -45,7 +45,7 @@ class Growth:
         size = len(layers), shape.batch, shape.kv_heads, self.num_pages
         # of the new pages: their ids, and where host memory has them
         self._ids = torch.zeros(2, *size, dtype=torch.int64, device=device)
-        self._arena_ids, self._host_slots = self._ids
+        self._arena_ids, self._host_slots = self._ids[0], self._ids[1]
         self._host_ids = torch.zeros(2, *size, dtype=torch.int64, pin_memory=is_cuda)
         self._counts = torch.zeros(size, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(*size, shape.page_size, dtype=torch.int32, device=device)
@@ -64,7 +64,7 @@ class Growth:
     def nbytes(self) -> int:
         """Bytes of its buffers on the device."""
         buffers = self._counts, self._token_ids, self._totals, self._spans, self._moved
-        return sum(int(buffer.nbytes) for buffer in (self._ids, *buffers))
+        return self._ids.nbytes + sum(buffer.nbytes for buffer in buffers)
 
     @property
     def num_arena_pages(self) -> int:

@@ -50,4 +50,6 @@ def _object_store(protocol: str) -> tuple[Any, tuple[type[Exception], ...]]:
             f"expected obstore to be installed for {protocol}:// URLs, got {error}; "
             "pip install 'wavekv[remote]'"
         ) from error
-    return FsspecStore(protocol), (BaseError,)
+    # it declares each protocol by itself
+    store: Any = FsspecStore
+    return store(protocol), (BaseError,)

@@ -20,39 +20,31 @@ import torch
 from torch import Tensor
 
 from wavekv.errors import CapacityError
-from wavekv.index.levels import Logits, num_finalists
+from wavekv.index.levels import Logits
 from wavekv.kernels.step import (
-    CANDIDATES,
     CLOCK,
     END,
     FINAL,
-    FINALISTS,
     FIRST,
     LATER,
-    LEAST,
-    LIKELY,
-    MOST,
     NUM_LIMITS,
     PAGES,
     SECOND,
     START,
-    WIDE,
-    StepArena,
     StepScratch,
     StepShape,
     StepSteady,
     empty_scratch,
 )
-from wavekv.kvstore import TieredArena
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
-from wavekv.offload.disk_requests import DiskRequests
-from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
+from wavekv.offload.disk_requests import DiskRequests, disk_requests
+from wavekv.offload.engine_shape import step_limits
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
+from wavekv.offload.host_chunks import HostChunks
 from wavekv.offload.pool import fitted_shape
-from wavekv.offload.slot_table import SlotTable
 from wavekv.offload.step_graph import StepGraph
 from wavekv.offload.streams import ORDINARY, SideStreams
 
@@ -90,33 +82,19 @@ class DecodeEngine:
         with suppress(CapacityError):
             # ahead of time only: pages that are due and do not fit are an error then
             self._host_arena.reserve(pages_per_growth * max(1, _HOST_ROOM_TOKENS // segment))
-        self._chunks = torch.zeros(
-            self._host_arena.host.max_chunks, dtype=torch.int64, device=self.device
-        )
-        self.arena = StepArena(
-            self._chunks, self._host_arena.host.pages_per_chunk, self._host_arena.host.chunks
-        )
-        self._num_chunks = 0
-        self._refresh_chunks()
+        self._chunks = HostChunks(self._host_arena, self.device)
         A, C, D = self.shape.sinks, self.shape.ring, self.shape.head_dim
         B, H = self.shape.batch, self.shape.kv_heads
-        self.ring = torch.zeros(
-            (len(contexts), 2, B, H, A + C, D), dtype=query.dtype, device=self.device
-        )
+        size = len(contexts), 2, B, H, A + C, D
+        self.ring = torch.zeros(size, dtype=query.dtype, device=self.device)
         valid = torch.zeros(B, A + C, dtype=torch.bool, device=self.device)
         self.new_valid = torch.ones(B, dtype=torch.bool, device=self.device)
-        self._table: SlotTable | None = None
-        if isinstance(self._host_arena, TieredArena):
-            # with room for as many new pages as there are
-            capacity = 2 * self._host_arena.ids.capacity + len(contexts) * (
-                self.shape.rows * self.shape.capacity
-            )
-            self._table = SlotTable(self._host_arena, capacity, self.device)
-        slots = None if self._table is None else self._table.slots
+        self._disk = disk_requests(
+            self._host_arena, self._chunks, len(contexts), self.shape, self.config.disk_deadline
+        )
+        slots = None if self._disk is None else self._disk.table.slots
         self.layers = [
-            DeviceLayer(
-                context, StepSteady(self.ring[i, 0], self.ring[i, 1], valid), self.shape, slots
-            )
+            DeviceLayer(context, StepSteady(*self.ring[i], valid), self.shape, slots)
             for i, context in enumerate(contexts)
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
@@ -126,14 +104,14 @@ class DecodeEngine:
         self.reset_counters()
         self._num_growing = 0
         self.growth = Growth(
-            self.layers, self.ring, self.counters, self.arena, self.shape, segment, ops
+            self.layers, self.ring, self.counters, self._chunks.arena, self.shape, segment, ops
         )
         # the first tokens that leave the window make the sinks: not here
         has_sinks = self.config.num_sink_tokens == A
         self._can_grow = has_sinks and bool(zone.valid.view[:, :A].all())
         self._fetches = PageFetches(
             layers=self.layers,
-            arena=self.arena,
+            arena=self._chunks.arena,
             counters=self.counters,
             limits=self.limits,
             scratch=self.scratch,
@@ -144,16 +122,6 @@ class DecodeEngine:
         self._aside = SideStreams((ORDINARY,), self.device)
         self.graph = StepGraph() if self.device.type == "cuda" else None
         """Of the step, where it is captured."""
-        self._requests: DiskRequests | None = None
-        if isinstance(self._host_arena, TieredArena) and self._table is not None:
-            self._requests = DiskRequests(
-                self._host_arena,
-                self._table,
-                self.layers,
-                self.shape,
-                deadline=self.config.disk_deadline,
-                refresh_chunks=self._refresh_chunks,
-            )
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
         self.last_queries: dict[int, Tensor] = {}
@@ -171,7 +139,7 @@ class DecodeEngine:
     @property
     def is_full(self) -> bool:
         """Whether the buffers have no room for another step: time to give back."""
-        if self._table is not None and self._table.is_too_small:
+        if self._disk is not None and self._disk.table.is_too_small:
             return not self.growth.is_running
         if self._num_waiting < self.config.append_segment or self.growth.is_running:
             return False
@@ -185,7 +153,7 @@ class DecodeEngine:
         # pages that are due and do not fit are an error then
         with suppress(CapacityError):
             self._next_ids = self._host_arena.allocate(self.growth.num_arena_pages)
-            self._refresh_chunks()
+            self._chunks.refresh()
             self.growth.capture(self._next_ids, self._host_arena.slots_of(self._next_ids))
 
     @contextmanager
@@ -224,20 +192,14 @@ class DecodeEngine:
         limits = page_limits(self.config, self.num_tokens + 1)
         if limits != self._limits:
             least, most = (min(limit, self.shape.most) for limit in limits)
-            is_cuda = self.device.type == "cuda"
-            values = torch.zeros(NUM_LIMITS, dtype=torch.int32, pin_memory=is_cuda)
-            values[LEAST], values[MOST] = least, most
-            if self.config.refine > 1:
-                values[CANDIDATES] = most * self.config.refine
-                values[FINALISTS] = most * num_finalists(self.config.refine)
-            values[WIDE] = int(RUNNERS_UP * most) if self.shape.is_wide else most
-            for stage in FIRST, SECOND:
-                values[LIKELY + stage] = likely_pages(self.shape, most, stage)
+            values = step_limits(self.config, self.shape, least, most)
+            if self.device.type == "cuda":
+                values = values.pin_memory()
             self.limits.copy_(values, non_blocking=True)
             self._limits = limits
         self._grow()
-        if self._table is not None:
-            self._table.refresh()
+        if self._disk is not None:
+            self._disk.table.refresh()
 
     def after_step(self) -> None:
         """Count the step that was launched."""
@@ -271,8 +233,8 @@ class DecodeEngine:
                 # nor does this; beside a refinement, which fills the device, it would delay it
                 ops.value_slope(q, pages, counters, scratch, shape)
         self._select(layer, scratch, shape)
-        if self._requests is not None:
-            self._ask_disk(number, self._requests)
+        if self._disk is not None:
+            self._ask(self._disk, layer)
         self._fetches.wait_resolved()
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         self._fetches.start(number, shape)
@@ -283,13 +245,13 @@ class DecodeEngine:
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
         return scratch.out.unsqueeze(2)
 
-    def _ask_disk(self, number: int, requests: DiskRequests) -> None:
-        """Have the pages that layer `number` chose in host memory: the step is cut here."""
-        requests.ask(number, self.scratch.chosen)
+    def _ask(self, disk: DiskRequests, layer: DeviceLayer) -> None:
+        """Have the pages that a layer chose in host memory. A captured step is cut here."""
+        disk.ask(layer, self.scratch.chosen)
         # a graph ends with one stream
         self._fetches.join()
         self._aside.join()
-        serve = partial(requests.serve, number)
+        serve = partial(disk.serve, layer)
         if self.graph is None:
             serve()
         else:
@@ -306,7 +268,7 @@ class DecodeEngine:
             self._refine(number, scratch, shape, fetches=False)
             self._select(layer, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, purpose=LATER)
-            ops.fetch(self.arena, pool, scratch, shape)
+            ops.fetch(self._chunks.arena, pool, scratch, shape)
 
     def _refine(
         self, number: int, scratch: StepScratch, shape: StepShape, *, fetches: bool
@@ -372,7 +334,7 @@ class DecodeEngine:
         if ids is None:
             ids = self._host_arena.allocate(growth.num_arena_pages)
         self._next_ids = ids
-        self._refresh_chunks()
+        self._chunks.refresh()
         self._host_arena.order_ahead(growth.num_arena_pages)
         growth.start(ids, self._host_arena.slots_of(ids))
         self._num_growing = segment
@@ -387,11 +349,3 @@ class DecodeEngine:
         self._host_arena.seal(grown.page_ids)
         self.grown.append(grown)
         self._num_growing, self._next_ids = 0, None
-
-    def _refresh_chunks(self) -> None:
-        """Tell the device of chunks that the host arena has got."""
-        chunks = self._host_arena.host.chunks
-        if len(chunks) > self._num_chunks:
-            new = [chunk.data_ptr() for chunk in chunks[self._num_chunks :]]
-            self._chunks[self._num_chunks : len(chunks)] = torch.tensor(new, device=self.device)
-            self._num_chunks = len(chunks)

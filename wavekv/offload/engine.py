@@ -94,8 +94,8 @@ class DecodeEngine:
         )
         slots = None if self._disk is None else self._disk.table.slots
         self.layers = [
-            DeviceLayer(context, StepSteady(*self.ring[i], valid), self.shape, slots)
-            for i, context in enumerate(contexts)
+            DeviceLayer(context, StepSteady(ring[0], ring[1], valid), self.shape, slots)
+            for context, ring in zip(contexts, self.ring, strict=True)
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
         self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)

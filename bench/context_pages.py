@@ -150,6 +150,9 @@ def _saved_read(layout: KVLayout, num_pages: int, folder: Path, stack: ExitStack
     saved = _saved_pages(array)
     arena = TieredArena(layout, budget, MemoryBudget(0), None, pin=False, base=saved)
     ids = torch.arange(num_pages)
+    # as it is after a while: a page that comes takes the place of another
+    for some in ids[: int(HOST_SHARE * num_pages)].split(_FILL_PAGES):
+        arena.bring(some)
     return Source(
         "saved, read",
         num_pages,
@@ -189,8 +192,11 @@ def _saved(
     generator = torch.Generator().manual_seed(0)
     form = layout.stored_shape, layout.stored_dtype
     with ContextWriter(path) as writer:
-        pages = lambda first, last: _random_pages(layout, last - first, generator)
-        writer.pages("pages/0", num_pages, *form, pages)
+
+        def read(first: int, last: int) -> torch.Tensor:
+            return _random_pages(layout, last - first, generator)
+
+        writer.pages("pages/0", num_pages, *form, read)
         writer.commit({})
     array = stack.enter_context(ContextReader.open(path)).pages("pages/0")
     return array, stack.enter_context(opened(path / name for name in array.files))

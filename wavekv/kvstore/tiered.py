@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from wavekv.errors import CapacityError
@@ -278,6 +279,8 @@ class TieredArena:
 
     def _grow_slots(self) -> None:
         more = self.host.capacity - len(self._owner)
+        if not more:
+            return
         self._owner = np.pad(self._owner, (0, more), constant_values=-1)
         self._is_held = np.pad(self._is_held, (0, more))
         self._clock.grow(self.host.capacity)
@@ -291,11 +294,16 @@ class TieredArena:
 
     def _give_up(self, count: int) -> int:
         """Free at most `count` slots of pages that are in a file; how many."""
-        is_spare = (self._owner >= 0) & ~self._is_held
-        is_spare[is_spare] = self.disk.holds(self._owner[is_spare])
-        victims = self._clock.victims(count, is_spare)
+        victims = self._clock.victims(count, self._is_spare)
         self._clear(victims)
         return len(victims)
+
+    def _is_spare(self, slots: slice) -> NDArray[np.bool_]:
+        """Which slots have pages that are in a file and that nobody needs in memory."""
+        owners = self._owner[slots]
+        is_spare = (owners >= 0) & ~self._is_held[slots]
+        is_spare[is_spare] = self.disk.holds(owners[is_spare])
+        return is_spare
 
     def _clear(self, slots: Rows) -> None:
         self._slot[self._owner[slots]], self._owner[slots] = -1, -1

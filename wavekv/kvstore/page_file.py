@@ -230,7 +230,8 @@ def _each(do: Callable[[slice], None], count: int) -> None:
     # all of them, also when one fails: their memory may be given away afterwards
     try:
         do(first)
-        wait(futures)
+        for future in futures:
+            future.exception()
     except BaseException:
         wait(futures)
         raise

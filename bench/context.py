@@ -23,15 +23,22 @@ from typing import Any
 import torch
 from comparison import context_length
 from context_disk import filesystem_of
+from context_files import files_rows
+from context_first import first_rows
 from context_pages import LAYOUTS, pages_rows
+from context_prompt import SHAPE_NAMES
 from context_table import lines
+from context_tiers import tiers_rows
 from machine import machine_record
 
 from wavekv.config import parse_size
 
 RESULT = Path(__file__).parent / "results" / "context.json"
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[dict[str, Any]]]] = {
+    "files": files_rows,
     "pages": pages_rows,
+    "first": first_rows,
+    "tiers": tiers_rows,
 }
 
 
@@ -46,13 +53,12 @@ def numbers(text: str) -> list[int]:
 
 
 def parse() -> argparse.Namespace:
-    on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="of these, in this order")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: the system's")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--tokens", type=context_length, help="default: 32K, on CUDA 128K")
-    parser.add_argument("--shape", help="bundled, or a shape; default: bundled, on CUDA llama-8b")
+    parser.add_argument("--shape", choices=SHAPE_NAMES, help="default: bundled; on CUDA llama-8b")
     parser.add_argument("--layers", type=int, help="default: those of the shape")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--questions", type=int, default=48, help="of tiers")
@@ -84,7 +90,7 @@ def main() -> None:
             record[part] = {"load_average": os.getloadavg()[0], "rows": rows}
             for row in PARTS[part](args, folder):
                 rows.append(row)
-                print(part, row, flush=True)
+                # what was measured is kept, however the others end
                 args.out.write_text(json.dumps(record, indent=1) + "\n")
             record[part]["seconds"] = round(time.time() - began)
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -39,7 +39,8 @@ LAYOUTS = {
 """By the bytes of a page."""
 HOST_SHARE = 1 / 8
 """Of the pages that fit host memory."""
-_FILL_PAGES = 512
+_FILLS = 256
+"""Steps in which memory is filled."""
 
 Ids = NDArray[np.int64]
 
@@ -123,8 +124,9 @@ def _over_budget(layout: KVLayout, num_pages: int, folder: Path, stack: ExitStac
     (descriptor,) = set(unnamed_files(folder)) - before
     generator = torch.Generator().manual_seed(0)
     filled = []
-    for first in tqdm(range(0, num_pages, _FILL_PAGES), desc=f"pages of {size}", leave=False):
-        ids = arena.allocate(min(_FILL_PAGES, num_pages - first))
+    step = -(-num_pages // _FILLS)
+    for first in tqdm(range(0, num_pages, step), desc=f"pages of {size}", leave=False):
+        ids = arena.allocate(min(step, num_pages - first))
         arena.put(ids, _random_pages(layout, len(ids), generator))
         arena.seal(ids)
         filled.append(ids)
@@ -151,7 +153,7 @@ def _saved_read(layout: KVLayout, num_pages: int, folder: Path, stack: ExitStack
     arena = TieredArena(layout, budget, MemoryBudget(0), None, pin=False, base=saved)
     ids = torch.arange(num_pages)
     # as it is after a while: a page that comes takes the place of another
-    for some in ids[: int(HOST_SHARE * num_pages)].split(_FILL_PAGES):
+    for some in ids[: int(HOST_SHARE * num_pages)].split(-(-num_pages // _FILLS)):
         arena.bring(some)
     return Source(
         "saved, read",

@@ -6,6 +6,8 @@ goes round; a slot that was used since it came by last is spared once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,25 +31,28 @@ class Clock:
         self._was_used[slots] = True
 
     def victims(
-        self, count: int, may_go: NDArray[np.bool_], is_held: NDArray[np.bool_]
+        self, count: int, is_spare: Callable[[slice], NDArray[np.bool_]]
     ) -> NDArray[np.int64]:
-        """At most `count` slots to give up, of those that may go [slots] and are not held. Fewer
-        come only if there are fewer. Cost: the slots that the hand passes, at most two rounds."""
-        found: list[NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-        num_slots, passed = len(self._was_used), 0
-        taken = np.zeros(num_slots, dtype=bool)
-        while count and passed < 2 * num_slots:
-            stop = min(self._hand + _STRIDE, num_slots)
-            part = slice(self._hand, stop)
-            # those that are taken already are met again by a hand that goes round
-            is_spare = may_go[part] & ~is_held[part] & ~self._was_used[part] & ~taken[part]
-            spare = self._hand + np.flatnonzero(is_spare)[:count]
-            if len(spare) == count:
+        """At most `count` slots to give up, of those that `is_spare`, asked of some neighbours at a
+        time, allows. Fewer come only if fewer are allowed. Cost: the slots that the hand passes."""
+        found = [np.empty(0, dtype=np.int64)]
+        num_slots, missing = len(self._was_used), count
+        # twice round: nobody is spared twice
+        ahead = 2 * num_slots
+        while missing and ahead:
+            to_go = (ahead - 1) % num_slots + 1
+            stop = min(self._hand + _STRIDE, num_slots, self._hand + to_go)
+            passed = slice(self._hand, stop)
+            spare = np.flatnonzero(is_spare(passed) & ~self._was_used[passed]) + self._hand
+            if ahead <= num_slots:
+                # taken slots are not met again by a hand that goes round
+                spare = np.setdiff1d(spare, np.concatenate(found))
+            spare = spare[:missing]
+            if len(spare) == missing:
                 stop = int(spare[-1]) + 1
-            taken[spare] = True
             self._was_used[self._hand : stop] = False
             found.append(spare)
-            count -= len(spare)
-            passed += stop - self._hand
+            missing -= len(spare)
+            ahead -= stop - self._hand
             self._hand = stop % num_slots
         return np.concatenate(found)

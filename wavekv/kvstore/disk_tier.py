@@ -156,14 +156,14 @@ class DiskTier:
         places = self._place[pages]
         addresses = _addresses(chunks, rows, self.page_bytes)
         is_base = places < self.num_base
+        crc32 = np.empty(len(pages), dtype=np.int64)
         for source, part, first in (
             (self._base, is_base, 0),
             (self._scratch, ~is_base, self.num_base),
         ):
             if source is not None and part.any():
-                source.read(places[part] - first, addresses[part])
+                crc32[part] = source.read(places[part] - first, addresses[part])
         self.bytes_read += len(pages) * self.page_bytes
-        crc32 = crc32_pages(chunks, torch.from_numpy(rows), self.page_bytes).numpy()
         wrong = np.flatnonzero(crc32 != self._crc32[pages])
         if len(wrong):
             self._refuse(int(pages[wrong[0]]), int(crc32[wrong[0]]))

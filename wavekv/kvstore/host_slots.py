@@ -7,6 +7,7 @@ from weakref import ref
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from wavekv.kvstore.arena import HostArena
 from wavekv.kvstore.clock import Clock
@@ -48,6 +49,8 @@ class HostSlots:
         """Have so many ids, and the slots that the memory has; new ones without each other."""
         self.of = np.pad(self.of, (0, num_ids - len(self.of)), constant_values=-1)
         more = self.host.capacity - len(self.owner)
+        if not more:
+            return
         self.owner = np.pad(self.owner, (0, more), constant_values=-1)
         for name in ("is_held", "is_open", "_is_copy"):
             setattr(self, name, np.pad(getattr(self, name), (0, more)))
@@ -105,9 +108,13 @@ class HostSlots:
 
     def give_up(self, count: int) -> int:
         """Free at most `count` slots of pages that are in a file too; how many."""
-        victims = self._clock.victims(count, self._is_copy, self.is_held)
+        victims = self._clock.victims(count, self._is_spare)
         self.clear(victims)
         return len(victims)
+
+    def _is_spare(self, slots: slice) -> NDArray[np.bool_]:
+        is_spare: NDArray[np.bool_] = self._is_copy[slots] & ~self.is_held[slots]
+        return is_spare
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless the two tables and the memory agree. None is taken only."""

@@ -20,7 +20,7 @@ from wavekv.saved.lock import locked
 from wavekv.saved.manifest import NAME, FileEntry, Manifest
 from wavekv.saved.page_array import PageArray
 from wavekv.saved.replace import old_path, recover
-from wavekv.saved.tables import from_arrow
+from wavekv.saved.tables import CHECKSUMS, checksum_table, from_arrow, table_file
 from wavekv.saved.verify import problems
 
 _NUM_THREADS = 4
@@ -34,6 +34,11 @@ class ContextReader:
         self.path, self.manifest = folder.path, manifest
         self._folder = folder
         self._checked: set[str] = set()
+        self._chunks: dict[str, list[str]] = {}
+        for name in manifest.files:
+            array, separator, _ = name.rpartition("/c/")
+            if separator:
+                self._chunks.setdefault(array, []).append(name)
 
     @classmethod
     def open(cls, path: str | Path) -> ContextReader:
@@ -87,11 +92,8 @@ class ContextReader:
     @property
     def tables(self) -> list[str]:
         """Names of all tables, those of checksums of pages among them."""
-        return sorted(
-            name.removeprefix("tables/").removesuffix(".arrow")
-            for name in self.manifest.files
-            if name.startswith("tables/") and name.endswith(".arrow")
-        )
+        named = [Path(name) for name in self.manifest.files]
+        return sorted(file.stem for file in named if str(file) == table_file(file.stem))
 
     def check(self, names: Iterable[str]) -> None:
         """Verify the checksums of arrays and tables at once, on several threads, which `array` and
@@ -103,7 +105,7 @@ class ContextReader:
         """
         files: list[str] = []
         for name in names:
-            found = [f"tables/{name}.arrow", f"{name}/{METADATA}", *self._chunks(name)]
+            found = [table_file(name), f"{name}/{METADATA}", *self._chunks.get(name, [])]
             found = [file for file in found if file in self.manifest.files]
             files += found or [self._missing(name)]
         self._check(files)
@@ -136,7 +138,7 @@ class ContextReader:
             ContextFormatError: there is none, or it is damaged.
             OSError: the disk does not give it.
         """
-        file = f"tables/{name}.arrow"
+        file = table_file(name)
         self._check([file])
         mapped = self._folder.map(file, self.manifest.files[file])
         return from_arrow(mapped, str(self.path / file))
@@ -155,12 +157,12 @@ class ContextReader:
                 f"expected {self.path / name / METADATA} with a power of two of rows a file, got "
                 f"{form.rows_per_file}; it is no array of pages"
             )
-        columns = self.table(name.replace("/", "_"))
-        crc32 = columns.get("crc32")
+        columns = self.table(checksum_table(name))
+        crc32 = columns.get(CHECKSUMS)
         if crc32 is None or crc32.shape != (form.shape[0],) or crc32.dtype != torch.int64:
             raise ContextFormatError(
-                f"expected {self.path}/tables/{name.replace('/', '_')}.arrow with a column crc32 "
-                f"[{form.shape[0]}] int64, got {list(columns)}; take another copy of the context"
+                f"expected {self.path / table_file(checksum_table(name))} with a column "
+                f"{CHECKSUMS} [{form.shape[0]}] int64, got {list(columns)}; take another copy of the context"
             )
         return PageArray(
             self._folder,
@@ -187,7 +189,7 @@ class ContextReader:
 
     def _files(self, name: str, form: ArrayForm) -> list[str]:
         """The chunk files of an array, all of them of the size that its form says."""
-        found = self._chunks(name)
+        found = self._chunks.get(name, [])
         if len(found) != form.num_files:
             raise ContextFormatError(
                 f"expected {form.num_files} files of {self.path / name} by its shape={form.shape}, "
@@ -202,9 +204,6 @@ class ContextReader:
                     f"got {nbytes}; take another copy of the context"
                 )
         return files
-
-    def _chunks(self, name: str) -> list[str]:
-        return [file for file in self.manifest.files if file.startswith(f"{name}/c/")]
 
     def _check(self, files: list[str]) -> None:
         """Verify the checksums of files that were not verified before."""

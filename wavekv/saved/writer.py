@@ -22,10 +22,7 @@ from wavekv.saved.lock import locked
 from wavekv.saved.manifest import FORMAT, NAME, Manifest, check_name
 from wavekv.saved.output import Output
 from wavekv.saved.replace import clear, discard, recover, swap, temporary_path
-from wavekv.saved.tables import to_arrow
-
-TABLES = "tables"
-"""The folder of tables."""
+from wavekv.saved.tables import CHECKSUMS, FOLDER, checksum_table, table_file, to_arrow
 
 
 class ContextWriter:
@@ -51,6 +48,10 @@ class ContextWriter:
         ContextFormatError: it names something else than a saved context.
         OSError: its folder is not there or takes no files.
         """
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"expected the folder {self.path.parent} to save to, got none; make it first"
+            )
         with ExitStack() as stack:
             stack.enter_context(locked(self.path))
             recover(self.path)
@@ -96,9 +97,7 @@ class ContextWriter:
             CapacityError, OSError: the disk does not take them.
         """
         output = self._opened()
-        file = _expect_name(f"{TABLES}/{name}.arrow")
-        if file in output.entries or "/" in name:
-            raise LayoutError(f"expected names of tables of one part, once each, got {name!r}")
+        file = _new_table_file(name, output)
         output.write(file, memoryview(to_arrow(columns, file)))
 
     def pages(
@@ -123,6 +122,7 @@ class ContextWriter:
         """
         output = self._opened()
         self._take_name(name)
+        _new_table_file(checksum_table(name), output)
         page_bytes = math.prod(stored_shape) * dtype.itemsize
         if page_bytes <= 0:
             raise LayoutError(f"expected pages of {name} that hold bytes, got {stored_shape}")
@@ -141,7 +141,7 @@ class ContextWriter:
             whole = torch.cat([crcs[first:last], padding.expand(rows - (last - first))])
             crc32 = crc32_joined(whole, page_bytes)
             output.write_pages(form.file_name(name, index), data, form.file_bytes, crc32)
-        self.table(name.replace("/", "_"), {"crc32": crcs})
+        self.table(checksum_table(name), {CHECKSUMS: crcs})
 
     def commit(self, description: dict[str, Any]) -> Manifest:
         """Put the context into its place, all of it on disk, and return its manifest.
@@ -178,9 +178,9 @@ class ContextWriter:
         parts = _expect_name(name).split("/")
         prefixes = {"/".join(parts[:i]) for i in range(1, len(parts))}
         is_taken = name in self._arrays or name in self._groups()
-        if is_taken or prefixes & self._arrays or parts[0] == TABLES or METADATA in parts:
+        if is_taken or prefixes & self._arrays or parts[0] == FOLDER or METADATA in parts:
             raise LayoutError(
-                f"expected names of arrays once each, none inside another or in {TABLES!r}, got "
+                f"expected names of arrays once each, none inside another or in {FOLDER!r}, got "
                 f"{name!r}"
             )
         self._arrays.add(name)
@@ -219,6 +219,13 @@ def _expect_name(name: str) -> str:
             "expected a name in letters, digits, '_', '-' and '.', with '/' between parts, got "
             f"{name!r}"
         ) from None
+
+
+def _new_table_file(name: str, output: Output) -> str:
+    file = _expect_name(table_file(name))
+    if file in output.entries or "/" in name:
+        raise LayoutError(f"expected names of tables of one part, once each, got {name!r}")
+    return file
 
 
 def _expect_pages(pages: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from wavekv.errors import ContextFormatError, LockedError
+from wavekv.errors import ContextFormatError
 from wavekv.saved.arrays import METADATA, ArrayForm
 from wavekv.saved.dtypes import expect_bools
 from wavekv.saved.folder import Folder
-from wavekv.saved.lock import locked
-from wavekv.saved.manifest import NAME, FileEntry, Manifest
+from wavekv.saved.manifest import FileEntry, Manifest
+from wavekv.saved.opening import with_manifest
 from wavekv.saved.page_array import PageArray
-from wavekv.saved.replace import old_path, recover
 from wavekv.saved.tables import CHECKSUMS, checksum_table, from_arrow, table_file
 from wavekv.saved.verify import problems
 
@@ -49,14 +47,9 @@ class ContextReader:
             ContextFormatError: it is no saved context, is of a newer version, or a file is missing
                 or of another size.
         """
-        place = Path(os.path.realpath(path))
-        _recover(place)
+        folder, raw = with_manifest(Path(os.path.realpath(path)))
         try:
-            folder, raw = _with_manifest(place)
-        except FileNotFoundError as error:
-            raise _missing_context(place) from error
-        try:
-            reader = cls(folder, Manifest.parse(raw, str(place)))
+            reader = cls(folder, Manifest.parse(raw, str(folder.path)))
             for name, entry in reader.manifest.files.items():
                 with folder.opened(name, entry):
                     pass
@@ -162,7 +155,7 @@ class ContextReader:
         if crc32 is None or crc32.shape != (form.shape[0],) or crc32.dtype != torch.int64:
             raise ContextFormatError(
                 f"expected {self.path / table_file(checksum_table(name))} with a column "
-                f"{CHECKSUMS} [{form.shape[0]}] int64, got {list(columns)}; take another copy of the context"
+                f"{CHECKSUMS} [{form.shape[0]}] int64, got {list(columns)}; take another copy"
             )
         return PageArray(
             self._folder,
@@ -230,45 +223,3 @@ class ContextReader:
 def _parents(name: str) -> list[str]:
     parts = name.split("/")
     return ["/".join(parts[:i]) for i in range(len(parts))]
-
-
-def _recover(path: Path) -> None:
-    """What a crash in the middle of a replacement left is renamed back, unless a writer is there
-    to do it."""
-    if not os.path.lexists(path) and os.path.lexists(old_path(path)):
-        with suppress(LockedError, OSError), locked(path):
-            recover(path)
-
-
-def _with_manifest(path: Path) -> tuple[Folder, bytes]:
-    """The directory and its manifest. Tries twice: another context may take its place between the
-    one and the other, and on some file systems nothing is there for a moment."""
-    try:
-        return _with_manifest_now(path)
-    except FileNotFoundError:
-        return _with_manifest_now(path)
-
-
-def _with_manifest_now(path: Path) -> tuple[Folder, bytes]:
-    try:
-        folder = Folder(path)
-    except NotADirectoryError:
-        raise ContextFormatError(
-            f"expected {path} to be a saved context, got a file; give the directory it is in"
-        ) from None
-    try:
-        return folder, folder.read(NAME)
-    except BaseException:
-        folder.close()
-        raise
-
-
-def _missing_context(path: Path) -> Exception:
-    if path.is_dir():
-        return ContextFormatError(
-            f"expected {path / NAME} of a saved context, got a directory without it; give the "
-            "directory that save() wrote"
-        )
-    return FileNotFoundError(
-        f"expected a saved context at {path}, got nothing there; give the path that it was saved to"
-    )

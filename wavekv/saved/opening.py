@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ def with_manifest(path: Path) -> tuple[Folder, bytes]:
     Raises:
         FileNotFoundError: nothing is there.
         ContextFormatError: it is a file, or has no manifest.
+        OSError: it cannot be read.
     """
     _recover(path)
     try:
@@ -49,8 +51,12 @@ def _opened(path: Path) -> tuple[Folder, bytes]:
         ) from None
     try:
         return folder, folder.read(NAME)
-    except BaseException:
+    except BaseException as error:
         folder.close()
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            raise ContextFormatError(
+                f"expected {path / NAME} to be a file, got a symbolic link; take another copy"
+            ) from error
         raise
 
 

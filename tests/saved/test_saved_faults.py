@@ -58,7 +58,6 @@ def test_a_killed_writer_leaves_a_whole_context(tmp_path: Path) -> None:
             assert reader.verify() == []
             seed = int(reader.array("seed"))
         expect_same(read_all(path), example(seed))
-    print(num_left)
     assert num_left > 0, "no process was killed while it wrote"
     example().save(path)
     assert left_beside(path) == []

@@ -21,7 +21,7 @@ from wavekv import OffloadedCache
 def files_rows(args: Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for writing and one for reading: of each the seconds of ours and of the raw disk, in
     turns. Everything is cold before it is read."""
-    prompt = make_prompt(args)
+    prompt = make_prompt(args.shape, args.layers, args.device, args.tokens, args.seed)
     with prompt.wrapped() as wrapped:
         cache, _, _ = prompt.prefill(wrapped)
         saved, raw = folder / "saved", folder / "raw"

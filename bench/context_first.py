@@ -36,7 +36,7 @@ class First(NamedTuple):
 def first_rows(args: Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for the prefill, and rows for loading, in this process cold and warm, and cold in a new
     one."""
-    prompt = make_prompt(args)
+    prompt = make_prompt(args.shape, args.layers, args.device, args.tokens, args.seed)
     path = folder / "saved"
     shutil.rmtree(path, ignore_errors=True)
     with prompt.wrapped() as wrapped:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,15 +61,16 @@ class Prompt:
         return cache, token, self.prefill_seconds[-1]
 
 
-def make_prompt(args: Namespace) -> Prompt:
-    """The model of `args.shape` on `args.device`, and as many tokens as `args.tokens`."""
-    model = make_model(args.shape, args.layers, args.device, args.seed)
-    if args.shape == BUNDLED:
-        context = planted(args.tokens, args.seed)
-        return Prompt(model, torch.tensor([context.token_ids], device=args.device), context)
-    generator = torch.Generator().manual_seed(args.seed)
-    ids = torch.randint(model.config.vocab_size, (1, args.tokens), generator=generator)
-    return Prompt(model, ids.to(args.device), None)
+@lru_cache(maxsize=1)
+def make_prompt(shape: str, layers: int | None, device: str, tokens: int, seed: int) -> Prompt:
+    """A model and so many tokens for it; the same again while no other is asked for."""
+    model = make_model(shape, layers, device, seed)
+    if shape == BUNDLED:
+        context = planted(tokens, seed)
+        return Prompt(model, torch.tensor([context.token_ids], device=device), context)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
+    return Prompt(model, ids.to(device), None)
 
 
 def make_model(shape: str, layers: int | None, device: str, seed: int) -> PreTrainedModel:

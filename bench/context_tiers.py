@@ -41,7 +41,7 @@ class Tally:
 def tiers_rows(args: Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """A row for each of the two."""
     tokens = min(args.tokens, MOST_TOKENS)
-    prompt = make_prompt(Namespace(**vars(args) | {"shape": BUNDLED, "tokens": tokens}))
+    prompt = make_prompt(BUNDLED, None, args.device, tokens, args.seed)
     assert prompt.context is not None
     facts = prompt.context.facts[: args.questions]
     tokenizer = load_demo_tokenizer()

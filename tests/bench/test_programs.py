@@ -26,6 +26,10 @@ PROGRAMS = {
     "million prefill": ("million.py", "prefill", *TINY, "--tokens", "4K", "--steps", "4"),
     "prefill": ("prefill.py", *TINY, "--contexts", "4K", "--repeats", "1"),
     "misses": ("misses.py", *BUNDLED, "--caps", "8"),
+    "context": (
+        *("context.py", *BUNDLED, "--repeats", "1", "--size", "8MiB", "--batches", "64"),
+        *("--page-bytes", "4096", "--folder", ".", "--forms", "int8", "--steps", "10"),
+    ),
     "reuse": ("reuse.py", *BUNDLED, "--further", "1"),
     "device tokens": ("device_tokens.py", *BUNDLED, "--device", "cpu"),
     "accuracy": ("accuracy.py", *FEW, "--table", "table.md"),
@@ -46,7 +50,7 @@ def numbers_of(value: Any) -> Iterator[float]:
 
 def run(program: str, *flags: str, out: Path) -> Any:
     """What a benchmark writes to `out`."""
-    to = "--out" if "--table" in flags else "--json"
+    to = "--out" if {"--table", "--folder"} & set(flags) else "--json"
     command = [sys.executable, BENCH / program, *flags, to, out]
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     ended = subprocess.run(command, capture_output=True, text=True, env=env, cwd=out.parent)

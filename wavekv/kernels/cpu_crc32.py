@@ -34,7 +34,7 @@ _TABLES = _tables()
 
 
 @njit(fastmath=False, nogil=True, cache=True)
-def _crc32_at(address: int, nbytes: int) -> Any:
+def crc32_at(address: int, nbytes: int) -> Any:
     """The CRC of the bytes at an address, by words of eight once it is aligned to them."""
     head = min((8 - address % 8) % 8, nbytes)
     steps = (nbytes - head) // _STRIDE
@@ -83,7 +83,7 @@ def crc32_pages(chunks: Any, chunk_pages: int, page_bytes: int, ids: Any, out: A
             ok[i] = False
         else:
             at = chunks[page // chunk_pages] + (page % chunk_pages) * page_bytes
-            out[i] = np.int64(_crc32_at(at, page_bytes))
+            out[i] = np.int64(crc32_at(at, page_bytes))
     return bool(ok.all())
 
 

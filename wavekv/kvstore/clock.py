@@ -6,6 +6,8 @@ goes round; a slot that was used since it came by last is spared once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,22 +30,29 @@ class Clock:
         """Slots [n] are in use now."""
         self._was_used[slots] = True
 
-    def victims(self, count: int, is_spare: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """At most `count` slots to give up, of those that `is_spare` [num slots] allows. Fewer come
-        only if fewer are allowed. Cost: the slots that the hand passes."""
-        found: list[NDArray[np.int64]] = []
-        num_slots, missing = len(self._was_used), min(count, int(is_spare.sum()))
-        while missing:
-            stop = min(self._hand + _STRIDE, num_slots)
+    def victims(
+        self, count: int, is_spare: Callable[[slice], NDArray[np.bool_]]
+    ) -> NDArray[np.int64]:
+        """At most `count` slots to give up, of those that `is_spare`, asked of some neighbours at a
+        time, allows. Fewer come only if fewer are allowed. Cost: the slots that the hand passes."""
+        found = [np.empty(0, dtype=np.int64)]
+        num_slots, missing = len(self._was_used), count
+        # twice round: nobody is spared twice
+        ahead = 2 * num_slots
+        while missing and ahead:
+            to_go = (ahead - 1) % num_slots + 1
+            stop = min(self._hand + _STRIDE, num_slots, self._hand + to_go)
             passed = slice(self._hand, stop)
-            spare = np.flatnonzero(is_spare[passed] & ~self._was_used[passed])[:missing]
-            spare += self._hand
-            # taken slots are not met again by a hand that goes round
-            is_spare[spare] = False
+            spare = np.flatnonzero(is_spare(passed) & ~self._was_used[passed]) + self._hand
+            if ahead <= num_slots:
+                # taken slots are not met again by a hand that goes round
+                spare = np.setdiff1d(spare, np.concatenate(found))
+            spare = spare[:missing]
             if len(spare) == missing:
                 stop = int(spare[-1]) + 1
             self._was_used[self._hand : stop] = False
             found.append(spare)
             missing -= len(spare)
+            ahead -= stop - self._hand
             self._hand = stop % num_slots
-        return np.concatenate([np.empty(0, dtype=np.int64), *found])
+        return np.concatenate(found)

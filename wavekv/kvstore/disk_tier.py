@@ -156,14 +156,14 @@ class DiskTier:
         places = self._place[pages]
         addresses = _addresses(chunks, rows, self.page_bytes)
         is_base = places < self.num_base
+        crc32 = np.empty(len(pages), dtype=np.int64)
         for source, part, first in (
             (self._base, is_base, 0),
             (self._scratch, ~is_base, self.num_base),
         ):
             if source is not None and part.any():
-                source.read(places[part] - first, addresses[part])
+                crc32[part] = source.read(places[part] - first, addresses[part])
         self.bytes_read += len(pages) * self.page_bytes
-        crc32 = crc32_pages(chunks, torch.from_numpy(rows), self.page_bytes).numpy()
         wrong = np.flatnonzero(crc32 != self._crc32[pages])
         if len(wrong):
             self._refuse(int(pages[wrong[0]]), int(crc32[wrong[0]]))
@@ -197,9 +197,11 @@ class DiskTier:
         """Whether something is to be noted by `finish_writing`."""
         return bool(self._writing)
 
-    def finish_writing(self, *, wait: bool = False) -> Rows:
-        """Note what is written. wait: for all of it. Returns pages that could not be."""
-        failed = [np.empty(0, dtype=np.int64)]
+    def finish_writing(self, *, wait: bool = False) -> tuple[Rows, Rows]:
+        """Note what is written. wait: for all of it. Returns pages that were, and that could not
+        be."""
+        done = [np.empty(0, dtype=np.int64)]
+        failed = list(done)
         while self._writing and (wait or self._writing[0][2].done()):
             pages, places, future = self._writing[0]
             error = future.exception()
@@ -211,7 +213,8 @@ class DiskTier:
             self._crc32[pages] = future.result()
             self._place[pages] = places + self.num_base
             self.bytes_written += len(pages) * self.page_bytes
-        return np.concatenate(failed)
+            done.append(pages)
+        return np.concatenate(done), np.concatenate(failed)
 
     def forget(self, pages: Rows) -> None:
         """Free the places of pages, none of which is being written."""

@@ -1,6 +1,7 @@
 """Pages in files, one behind the other, read and written in batches by a pool of threads.
 
-Rows in a row become one call (`preadv`, `pwritev`), wherever in memory their pages belong. Around
+Rows in a row become one call (`preadv`, `pwritev`), wherever in memory their pages belong. Reads
+run without the interpreter, and take the checksums while pages are in the caches of a core. Around
 the cache of the operating system (O_DIRECT) where the file system allows it and the file is not
 shared: the host arena is the cache of these pages, and a second copy would be of no use.
 """
@@ -11,7 +12,8 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
@@ -91,14 +93,30 @@ class PageFile:
         """The file that holds a row."""
         return self._names[row // self.rows_per_file]
 
-    def read(self, rows: Rows, addresses: Rows) -> None:
-        """Read rows [n] into memory at addresses [n]. Waits for all of them.
+    def read(self, rows: Rows, addresses: Rows) -> Rows:
+        """Read rows [n] into memory at addresses [n], and return their checksums [n]. Waits for all
+        of them.
 
         Raises:
             ContextFormatError: a file ends early.
             OSError: the system cannot read one.
         """
-        _each(self._read_part, self._calls(rows, addresses))
+        order = np.argsort(rows, kind="stable")
+        sorted_addresses = addresses[order]
+        in_order = np.empty(len(rows), dtype=np.int64)
+        if self.is_direct and (addresses % ALIGNMENT).any():
+            calls = self._calls(rows, addresses)
+            _each(lambda part: self._read_staged(calls[part]), len(calls))
+            for i, address in enumerate(sorted_addresses.tolist()):
+                in_order[i] = zlib.crc32(_memory(address, self.page_bytes))
+        else:
+            files, places = np.divmod(rows[order], self.rows_per_file)
+            places *= self.page_bytes
+            arrays = files, places, sorted_addresses, in_order
+            _each(lambda part: self._read_part(*(array[part] for array in arrays)), len(rows))
+        crc32 = np.empty_like(in_order)
+        crc32[order] = in_order
+        return crc32
 
     def write(self, rows: Rows, addresses: Rows) -> None:
         """Write memory at addresses [n] to rows [n]. Waits until the system has it.
@@ -106,7 +124,8 @@ class PageFile:
         Raises:
             OSError: there is no room, or the system cannot write.
         """
-        _each(self._write_part, self._calls(rows, addresses))
+        calls = self._calls(rows, addresses)
+        _each(lambda part: self._write_part(calls[part]), len(calls))
 
     def allocate(self, num_rows: int) -> None:
         """Have room on the disk for so many rows, of a file of one's own.
@@ -136,31 +155,36 @@ class PageFile:
                 calls.append((file, row * self.page_bytes, addresses[start:stop].tolist()))
         return calls
 
-    def _read_part(self, calls: Iterable[_Call]) -> None:
-        for file, offset, addresses in calls:
-            if self.is_direct and any(address % ALIGNMENT for address in addresses):
-                self._read_staged(_staging(), file, offset, addresses)
-                continue
-            size = len(addresses) * self.page_bytes
-            buffers = list(_buffers(addresses, self.page_bytes))
-            self._expect(os.preadv(self._descriptors[file], buffers, offset), size, file, offset)
+    def _read_part(self, files: Rows, places: Rows, addresses: Rows, crc32: Rows) -> None:
+        """Read pages [n], in the order of files and places in them, and note their checksums."""
+        from wavekv.kernels.cpu_reads import read_pages
 
-    def _read_staged(
-        self, staging: mmap.mmap, file: int, offset: int, addresses: list[int]
-    ) -> None:
+        descriptors = np.array(self._descriptors)[files]
+        done = read_pages(descriptors, places, addresses, self.page_bytes, crc32)
+        # one at a time: a page that cannot be read says why
+        for i in range(done, len(places)):
+            buffer = _memory(int(addresses[i]), self.page_bytes)
+            file, place = int(files[i]), int(places[i])
+            got = os.preadv(self._descriptors[file], [buffer], place)
+            self._expect(got, self.page_bytes, file, place)
+            crc32[i] = zlib.crc32(buffer)
+
+    def _read_staged(self, calls: list[_Call]) -> None:
         """Whole blocks of the disk, of which the pages are copied out."""
-        size = len(addresses) * self.page_bytes
-        begin = offset - offset % ALIGNMENT
-        span = -(-(offset + size - begin) // ALIGNMENT) * ALIGNMENT
-        with memoryview(staging)[:span] as whole:
-            got = os.preadv(self._descriptors[file], [whole], begin)
-            self._expect(min(size, got - (offset - begin)), size, file, offset)
-        source = ctypes.addressof(ctypes.c_char.from_buffer(staging)) + offset - begin
-        for address in addresses:
-            ctypes.memmove(address, source, self.page_bytes)
-            source += self.page_bytes
+        staging = _staging()
+        for file, offset, addresses in calls:
+            size = len(addresses) * self.page_bytes
+            begin = offset - offset % ALIGNMENT
+            span = -(-(offset + size - begin) // ALIGNMENT) * ALIGNMENT
+            with memoryview(staging)[:span] as whole:
+                got = os.preadv(self._descriptors[file], [whole], begin)
+                self._expect(min(size, got - (offset - begin)), size, file, offset)
+            source = ctypes.addressof(ctypes.c_char.from_buffer(staging)) + offset - begin
+            for address in addresses:
+                ctypes.memmove(address, source, self.page_bytes)
+                source += self.page_bytes
 
-    def _write_part(self, calls: Iterable[_Call]) -> None:
+    def _write_part(self, calls: list[_Call]) -> None:
         for file, offset, addresses in calls:
             size = len(addresses) * self.page_bytes
             buffers = list(_buffers(addresses, self.page_bytes))
@@ -180,30 +204,34 @@ _Call = tuple[int, int, list[int]]
 """A file, an offset in it, and the addresses of the pages that are there one behind the other."""
 
 
+def _memory(address: int, nbytes: int) -> Any:
+    """The memory there, as a buffer."""
+    return (ctypes.c_char * nbytes).from_address(address)
+
+
 def _buffers(addresses: list[int], page_bytes: int) -> Iterator[Any]:
     """The memory of pages at these addresses; neighbours as one."""
     start = end = addresses[0]
     for address in addresses:
         if address != end:
-            yield (ctypes.c_char * (end - start)).from_address(start)
+            yield _memory(start, end - start)
             start = address
         end = address + page_bytes
-    yield (ctypes.c_char * (end - start)).from_address(start)
+    yield _memory(start, end - start)
 
 
-def _each(do: Callable[[list[_Call]], None], calls: list[_Call]) -> None:
-    """Share calls among threads: neighbours in a file to one of them."""
-    if not calls:
+def _each(do: Callable[[slice], None], count: int) -> None:
+    """Share so many things among threads, this one among them: neighbours to one of them."""
+    if not count:
         return
-    if len(calls) == 1:
-        do(calls)
-        return
-    size = -(-len(calls) // THREADS)
-    parts = [calls[i : i + size] for i in range(0, len(calls), size)]
+    size = -(-count // THREADS)
+    first, *others = (slice(i, i + size) for i in range(0, count, size))
+    futures = [_pool().submit(do, part) for part in others]
     # all of them, also when one fails: their memory may be given away afterwards
-    futures = [_pool().submit(do, part) for part in parts]
     try:
-        wait(futures)
+        do(first)
+        for future in futures:
+            future.exception()
     except BaseException:
         wait(futures)
         raise

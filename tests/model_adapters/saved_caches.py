@@ -201,4 +201,4 @@ def places(part: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def checked_bytes(cache: OffloadedCache) -> int:
     """Bytes of pages that a loaded cache has read from its files."""
     arenas = cache.runtime.arenas.values()
-    return sum(arena.num_checked_bytes for arena in arenas if isinstance(arena, MappedArena))
+    return sum(arena.moved.host for arena in arenas if isinstance(arena, MappedArena))

@@ -262,14 +262,14 @@ def test_a_saved_context_under_two_tiers(host_dtype: str, tmp_path: Path) -> Non
     cache.save(tmp_path / "saved")
     before = digests(tmp_path / "saved")
     page = cache.offloaded_layers[0].context.paged.arena.layout.page_bytes
-    tiers = {"disk": str(tmp_path), "cpu_budget": 160 * page}
+    tiers = {"disk": str(tmp_path), "cpu_budget": 240 * page}
     tiered = saving_model("llama", host_dtype=host_dtype, **tiers)
     twin, loaded = prefilled(tiered)[0], OffloadedCache.load(tmp_path / "saved", tiered)
     same_contents(cache, loaded)
     mask = same_answers(tiered, twin, loaded, mask)
     (arena,) = loaded.runtime.arenas.values()
     assert isinstance(arena, TieredArena)
-    assert arena.num_pages > 2 * arena.num_on_host
+    assert arena.num_pages > arena.num_on_host
     assert arena.disk.bytes_read > 0
     for each in twin, loaded:
         each.crop(-90)

@@ -6,7 +6,8 @@
 
 Parts: `files`, saving and loading against the raw disk; `pages`, random pages against a plain pool
 of threads; `first`, the first token of a loaded context against the prefill of its tokens; `tiers`,
-generation with a quarter of the pages in host memory against all of them there.
+generation with a quarter of the pages in host memory against all of them there; `steps`, decode
+steps of a loaded context one after another; `tokens`, whether saving and loading changes an answer.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from context_files import files_rows
 from context_first import first_rows
 from context_pages import LAYOUTS, pages_rows
 from context_prompt import SHAPE_NAMES
+from context_steps import steps_rows
 from context_table import lines
 from context_tiers import tiers_rows
+from context_tokens import FORMS, tokens_rows
 from machine import machine_record
 
 from wavekv.config import parse_size
@@ -39,6 +42,8 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[dict[str, Any]]]]
     "pages": pages_rows,
     "first": first_rows,
     "tiers": tiers_rows,
+    "steps": steps_rows,
+    "tokens": tokens_rows,
 }
 
 
@@ -61,7 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPE_NAMES, help="default: bundled; on CUDA llama-8b")
     parser.add_argument("--layers", type=int, help="default: those of the shape")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--questions", type=int, default=48, help="of tiers")
+    parser.add_argument("--questions", type=int, default=48, help="of tiers and tokens")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of tokens")
+    parser.add_argument("--steps", type=int, default=200, help="of steps")
     parser.add_argument("--size", type=size_of, default="512MiB", help="of the files of pages")
     parser.add_argument("--page-bytes", type=numbers, default=list(LAYOUTS))
     parser.add_argument("--batches", type=numbers, default=[64, 512, 4096])

@@ -68,4 +68,22 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
         "found in memory": _of("host_hit_rate", ".1%"),
         "read from disk, MiB": _mib("disk_nbytes_read"),
     },
+    "steps": {
+        "pages": _of("name"),
+        "first step, ms": _of("first_ms", ".1f"),
+        "first quarter, ms": _of("early_ms", ".2f"),
+        "last quarter, ms": _of("late_ms", ".2f"),
+        "same tokens": lambda row: f"{row['same_tokens']} of {row['steps']}",
+        "found on the device": _of("device_hit_rate", ".1%"),
+        "of the others in memory": _of("host_hit_rate", ".1%"),
+        "late pages": _of("late_pages"),
+        "read from disk, MiB": _mib("bytes_from_disk"),
+    },
+    "tokens": {
+        "pages": _of("form"),
+        "cache": _of("name"),
+        "tokens of context": _of("tokens"),
+        "same answers": lambda row: f"{row['same_answers']} of {row['answers']}",
+        "tokens compared": _of("compared_tokens"),
+    },
 }

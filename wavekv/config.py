@@ -70,6 +70,9 @@ class OffloadConfig:
     with the process."""
     disk_budget: float | int | str = 0.8
     """Size of that file: bytes, "80GiB", or a float share of what is free there."""
+    disk_deadline: float | None = None
+    """Seconds that a layer of a captured step waits for pages from files. Others that it chose are
+    estimated in this step and there in a later one. None to wait for all."""
     host_dtype: Literal["model", "int8", "int4", "int4-int2"] = "model"
     """How pages are stored on the host, and cross the bus: in the model's dtype, or keys and values
     as integers of 8 bits, of 4, or of 4 and 2, with a range for each channel of a page: 63, 38 or
@@ -132,6 +135,12 @@ class OffloadConfig:
         _check_choice("prefetch", self.prefetch, ("none", "runners-up", "early"))
         if self.max_misses is not None:
             _check_count("max_misses", self.max_misses, least=1)
+        if self.disk_deadline is not None and not (
+            _is_number(self.disk_deadline) and self.disk_deadline >= 0
+        ):
+            raise ConfigError(
+                f"disk_deadline must be seconds >= 0 or None, got {self.disk_deadline!r}"
+            )
         for name in ("capture", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")

@@ -28,7 +28,7 @@ PROGRAMS = {
     "misses": ("misses.py", *BUNDLED, "--caps", "8"),
     "context": (
         *("context.py", *BUNDLED, "--repeats", "1", "--size", "8MiB", "--batches", "64"),
-        *("--page-bytes", "4096", "--folder", "."),
+        *("--page-bytes", "4096", "--folder", ".", "--forms", "int8", "--steps", "10"),
     ),
     "reuse": ("reuse.py", *BUNDLED, "--further", "1"),
     "device tokens": ("device_tokens.py", *BUNDLED, "--device", "cpu"),

@@ -141,8 +141,9 @@ def test_fetched_pages_are_those_of_the_arena(device: torch.device, none: bool) 
     zone = context.paged
     ids = zone.page_ids.view[:, :, torch.randperm(zone.num_pages)[:11]].clone()
     ids[torch.ones_like(ids, dtype=torch.bool) if none else torch.rand(ids.shape) < 0.3] = -1
-    chunks, local, codec = fetch_pages(zone, ids, device)
+    chunks, local, codec, num_from_disk = fetch_pages(zone, ids, device)
     assert codec is None
+    assert num_from_disk == 0
     assert local.shape == ids.shape
     assert torch.equal(local.cpu() < 0, ids < 0)
     assert chunks

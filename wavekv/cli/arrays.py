@@ -186,5 +186,5 @@ def _pyarrow(module: str, path: Path) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"{path} needs pyarrow, which is not installed: pip install 'wavekv[arrow]'"
+            f"{path} needs pyarrow, which is not installed: pip install pyarrow"
         ) from error

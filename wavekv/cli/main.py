@@ -21,15 +21,20 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["index"]:
         # before torch comes: threads of OpenMP that spin while idle take the cores from the others
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if arguments[:1] not in (["index"], ["doctor"], ["estimate"], ["bench"]):
+    if arguments[:1] not in (["index"], ["doctor"], ["estimate"], ["bench"], ["context"]):
         # not for these: it imports transformers, which takes seconds
         from wavekv.cli import demo
 
         demo.add_parser(commands)
-    from wavekv.cli import bench, doctor, estimate, index
+    if arguments[:1] != ["context"]:
+        # not for that one: they import torch, which takes seconds too
+        from wavekv.cli import bench, doctor, estimate, index
 
-    for command in (index, estimate, doctor, bench):
-        command.add_parser(commands)
+        for command in (index, estimate, doctor, bench):
+            command.add_parser(commands)
+    from wavekv.cli import context
+
+    context.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         status: int = options.run(options)

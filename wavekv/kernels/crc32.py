@@ -1,7 +1,7 @@
 """CRC-32 of rows and pages in CPU memory, each as `zlib.crc32` computes it, on all threads.
 
-zlib takes one buffer a call and gives the interpreter back only for large ones: called for each
-page of 4 KiB it reads half as fast on one core, and no faster on more.
+`zlib.crc32` takes one buffer a call, and lets other threads run only while a buffer is large:
+pages of 4 KiB get no faster with more cores.
 """
 
 from __future__ import annotations

@@ -135,7 +135,10 @@ class StepPages(NamedTuple):
     scatter: Tensor
     """[B, Hkv, spans, 2, D, D] bfloat16"""
     arena_ids: Tensor
-    """[B, Hkv, N] int64: where the host arena holds each page."""
+    """[B, Hkv, N] int64: the id of each page in the host arena."""
+    host_slots: Tensor | None = None
+    """[ids] int64: where host memory has each page of the arena, -1 where it has it not; None if an
+    id is that place."""
 
 
 class StepPool(NamedTuple):

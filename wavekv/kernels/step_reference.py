@@ -267,6 +267,11 @@ def _resolve_head(
     # what was fetched ahead for this step was not found
     num_new = int((pool.ahead[b, h, hits] == now).sum())
     missing = ids[slots < 0]
+    num_missing, places = len(missing), pages.arena_ids[b, h]
+    if pages.host_slots is not None:
+        # what is on the disk only is not to be had now
+        places = pages.host_slots[places]
+        missing = missing[places[missing] >= 0]
     order = pool.order[b, h].long()
     free = order[age[order] != now]
     taken = min(len(missing), scratch.victims.shape[2], len(free))
@@ -278,7 +283,7 @@ def _resolve_head(
     fetched = missing[best].sort().values
     table[fetched], owner[victims], age[victims] = victims.int(), fetched.int(), now
     scratch.victims[b, h, :taken] = victims.int()
-    scratch.wanted[b, h, :taken] = pages.arena_ids[b, h, fetched]
+    scratch.wanted[b, h, :taken] = places[fetched]
     scratch.num_misses[b, h] = taken
     if purpose == AHEAD:
         pool.ahead[b, h, victims] = now
@@ -291,7 +296,7 @@ def _resolve_head(
     scratch.status[b, h, chosen[here >= 0].long()] = ATTENDED
     totalled[0] += len(hits) - num_new
     totalled[1] += taken + num_new
-    totalled[2] += len(missing) - taken
+    totalled[2] += num_missing - taken
     totalled[3] += counts.sum()
     totalled[4] -= num_new
 

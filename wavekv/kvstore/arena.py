@@ -44,6 +44,13 @@ class Brought(NamedTuple):
     """How many had to be read from a disk."""
 
 
+class TierBytes(NamedTuple):
+    """Bytes of each tier."""
+
+    host: int
+    disk: int
+
+
 class HostArena:
     """Pages by id, in chunks [C, *stored_shape]: page i is `chunks[i // C][i % C]`."""
 
@@ -172,6 +179,19 @@ class HostArena:
     def bring(self, ids: Tensor) -> Brought:
         """Have the pages `ids` (any shape, -1 for none) in memory: they are."""
         return Brought(ids, 0)
+
+    def slots_of(self, ids: Tensor) -> Tensor:
+        """Where pages are in `host`."""
+        return ids
+
+    @property
+    def moved(self) -> TierBytes:
+        """Bytes that were read from files to memory, and written from memory to them."""
+        return TierBytes(0, 0)
+
+    def held(self, ids: Tensor) -> TierBytes:
+        """How many bytes of the pages `ids` memory holds, and how many files do."""
+        return TierBytes(ids.numel() * self.layout.page_bytes, 0)
 
     def retain(self, ids: Tensor) -> None:
         """Add a reference to each page of `ids` (any shape; an id may recur)."""

@@ -197,9 +197,11 @@ class DiskTier:
         """Whether something is to be noted by `finish_writing`."""
         return bool(self._writing)
 
-    def finish_writing(self, *, wait: bool = False) -> Rows:
-        """Note what is written. wait: for all of it. Returns pages that could not be."""
-        failed = [np.empty(0, dtype=np.int64)]
+    def finish_writing(self, *, wait: bool = False) -> tuple[Rows, Rows]:
+        """Note what is written. wait: for all of it. Returns pages that were, and that could not
+        be."""
+        done = [np.empty(0, dtype=np.int64)]
+        failed = list(done)
         while self._writing and (wait or self._writing[0][2].done()):
             pages, places, future = self._writing[0]
             error = future.exception()
@@ -211,7 +213,8 @@ class DiskTier:
             self._crc32[pages] = future.result()
             self._place[pages] = places + self.num_base
             self.bytes_written += len(pages) * self.page_bytes
-        return np.concatenate(failed)
+            done.append(pages)
+        return np.concatenate(done), np.concatenate(failed)
 
     def forget(self, pages: Rows) -> None:
         """Free the places of pages, none of which is being written."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wavekv.errors import ContextFormatError
 from wavekv.kernels.crc32 import crc32_pages
-from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena
+from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena, TierBytes
 from wavekv.kvstore.budget import MemoryBudget
 from wavekv.kvstore.disk_tier import SavedPages
 from wavekv.kvstore.layout import KVLayout
@@ -46,8 +46,7 @@ class MappedArena(HostArena):
         self._adopt(chunks)
         self._num_mapped = len(chunks)
         self.ids.allocate(self.capacity)
-        self.num_checked_bytes = 0
-        """Bytes of pages that were read from files and found sound."""
+        self._num_checked_bytes = 0
 
     def bring(self, ids: Tensor) -> Brought:
         """Have the pages `ids` (any shape, -1 for none) checked.
@@ -61,6 +60,17 @@ class MappedArena(HostArena):
         if len(new):
             self._check(new)
         return Brought(ids, len(new))
+
+    @property
+    def moved(self) -> TierBytes:
+        """As `HostArena.moved`: pages that were read and found sound."""
+        return TierBytes(self._num_checked_bytes, 0)
+
+    def held(self, ids: Tensor) -> TierBytes:
+        """As `HostArena.held`; what is mapped counts as held by files."""
+        num_mapped = int((ids < len(self._crc32)).sum())
+        size = self.layout.page_bytes
+        return TierBytes((ids.numel() - num_mapped) * size, num_mapped * size)
 
     def gather(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """As `HostArena.gather`, of pages that are checked."""
@@ -80,7 +90,7 @@ class MappedArena(HostArena):
                 "take another copy or prefill again"
             )
         self._is_checked[pages] = True
-        self.num_checked_bytes += len(pages) * size
+        self._num_checked_bytes += len(pages) * size
 
     def _expect_soon(self, pages: Rows) -> None:
         """Have the system begin to read all of them: one after another they take a disk's latency

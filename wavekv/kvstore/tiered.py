@@ -13,25 +13,26 @@ The pages of a saved context, if there is one, are the first ids, and have a ref
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from concurrent.futures import Future
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from wavekv.errors import CapacityError
 from wavekv.kvstore.aligned import aligned_empty
-from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena
+from wavekv.kvstore.arena import CHUNK_BYTES, Brought, HostArena, TierBytes
+from wavekv.kvstore.arrivals import Arrivals
 from wavekv.kvstore.budget import MemoryBudget
-from wavekv.kvstore.clock import Clock
 from wavekv.kvstore.disk_tier import DiskTier, SavedPages
+from wavekv.kvstore.host_slots import HostSlots, SlotChanges
 from wavekv.kvstore.layout import KVLayout
 from wavekv.kvstore.page_file import Rows
 from wavekv.kvstore.page_ids import PageIds
+from wavekv.kvstore.write_behind import WriteBehind
 
 
 class TieredArena:
@@ -58,18 +59,18 @@ class TieredArena:
         """The slots of the cache; its ids are their numbers."""
         self.disk = DiskTier(layout.page_bytes, disk_budget, folder, base)
         self.ids = PageIds()
-        self._clock = Clock()
-        # the slot of each id, and the id in each slot; -1 for none
-        self._slot = np.empty(0, dtype=np.int64)
-        self._owner = np.empty(0, dtype=np.int64)
-        # slots that may not be given up: pages that are built, or wanted now
-        self._is_held = np.empty(0, dtype=bool)
+        self._slots = HostSlots(self.host)
+        self._arrivals = Arrivals(self.disk, self._slots)
+        self._writes = WriteBehind(self.disk, self._slots)
         self._building: deque[tuple[Tensor, Future[Any]]] = deque()
-        self._unwritten: deque[Rows] = deque()
-        self._num_unwritten = 0
         if self.disk.num_base:
             self._grow_ids(self.disk.num_base)
             self.ids.allocate(self.disk.num_base)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_arrivals"):
+            # the memory that is read into goes with this
+            self._arrivals.close()
 
     @property
     def num_pages(self) -> int:
@@ -85,7 +86,7 @@ class TieredArena:
     @property
     def num_on_host(self) -> int:
         """Pages in memory."""
-        return int((self._owner >= 0).sum())
+        return int((self._slots.owner >= 0).sum())
 
     def reserve(self, num_pages: int) -> None:
         """See that there is room for `num_pages` more, in one tier or the other.
@@ -134,7 +135,7 @@ class TieredArena:
         if len(self.ids.free) < num_pages:
             self._grow_ids(num_pages - len(self.ids.free))
         ids = self.ids.allocate(num_pages)
-        self._take_slots(ids)
+        self._slots.open(ids)
         return torch.from_numpy(ids)
 
     def seal(self, ids: Tensor, after: Future[Any] | None = None) -> None:
@@ -145,35 +146,38 @@ class TieredArena:
             self._seal_built()
             return
         pages = ids.flatten().numpy().copy()
-        self._is_held[self._slot[pages]] = False
-        self._unwritten.append(pages)
-        self._num_unwritten += len(pages)
-        self._write_behind()
+        self._slots.seal(pages)
+        self._writes.add(pages)
+        self._keep_up()
 
-    def bring(self, ids: Tensor) -> Brought:
+    def bring(self, ids: Tensor, deadline: float | None = None) -> Brought:
         """Have the pages `ids` (any shape, -1 for none) in memory until others are brought or
         allocated.
 
+        deadline: seconds to wait for those that must be read, None for as long as it takes. Others
+        have no slot (-1) in the result; they come later. The first ids are read first.
+
         Raises:
             CapacityError: cpu_budget does not hold so many.
-            ContextFormatError: a page is not what was written; nothing is brought then.
+            ContextFormatError: a page is not what was written.
         """
         self._collect()
         wanted = ids.flatten().numpy()
-        pages = np.unique(wanted[wanted >= 0])
-        slots = self._slot[pages]
-        found, missing = slots[slots >= 0], pages[slots < 0]
-        self._clock.use(found)
+        is_page = wanted >= 0
+        slots = np.where(is_page, self._slots.of[wanted], -1)
+        found = slots[slots >= 0]
+        self._slots.use(found)
+        missing = wanted[is_page & (slots < 0)]
         if len(missing):
-            self._write_behind()
-            was_held = self._is_held[found].copy()
-            self._is_held[found] = True
-            try:
-                self._bring_missing(missing)
-            finally:
-                self._is_held[found] = was_held
-        result = np.where(wanted >= 0, self._slot[wanted], -1)
-        return Brought(torch.from_numpy(result).view(ids.shape), len(missing))
+            _, first = np.unique(missing, return_index=True)
+            missing = missing[np.sort(first)]
+            self._bring_missing(missing, found, deadline)
+            slots = np.where(is_page, self._slots.of[wanted], -1)
+        return Brought(torch.from_numpy(slots).view(ids.shape), len(missing))
+
+    def watch(self) -> SlotChanges:
+        """Ids of pages whose place in memory changes from now on, while the result is kept."""
+        return self._slots.watch()
 
     def retain(self, ids: Tensor) -> None:
         """Add a reference to each page of `ids` (any shape; an id may recur)."""
@@ -197,7 +201,18 @@ class TieredArena:
 
     def slots_of(self, ids: Tensor) -> Tensor:
         """Where pages (any shape) are in `host`, -1 for those that are not."""
-        return torch.from_numpy(self._slot[ids.numpy()])
+        return torch.from_numpy(self._slots.of[ids.numpy()])
+
+    @property
+    def moved(self) -> TierBytes:
+        """As `HostArena.moved`."""
+        return TierBytes(self.disk.bytes_read, self.disk.bytes_written)
+
+    def held(self, ids: Tensor) -> TierBytes:
+        """As `HostArena.held`; pages in both tiers count in both."""
+        pages, size = ids.flatten().numpy(), self.layout.page_bytes
+        on_host, on_disk = (self._slots.of[pages] >= 0).sum(), self.disk.holds(pages).sum()
+        return TierBytes(int(on_host) * size, int(on_disk) * size)
 
     def read(self, ids: Tensor) -> Tensor:
         """As `HostArena.read`."""
@@ -210,7 +225,7 @@ class TieredArena:
             shape = len(ids), *self.layout.stored_shape
             out = aligned_empty(shape, self.layout.stored_dtype)
         pages = ids.numpy()
-        slots = self._slot[pages]
+        slots = self._slots.of[pages]
         there, missing = np.flatnonzero(slots >= 0), np.flatnonzero(slots < 0)
         if not len(missing):
             return self.host.gather(torch.from_numpy(slots), out)
@@ -222,18 +237,16 @@ class TieredArena:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless ids, slots and places agree."""
         self._collect()
-        for part in self.ids, self.host, self.disk:
+        self._arrivals.finish()
+        for part in self.ids, self.host, self.disk, self._slots:
             part.check_integrity()
-        every = np.arange(self.ids.capacity)
-        in_use, on_disk = self.ids.references > 0, self.disk.holds(every)
-        owned = np.flatnonzero(self._owner >= 0)
-        agree = np.array_equal(self._slot[self._owner[owned]], owned)
-        lost = int((in_use & (self._slot < 0) & ~on_disk).sum())
-        kept = int((~in_use & ((self._slot >= 0) | on_disk)).sum())
-        if not agree or lost or kept or len(owned) != self.host.ids.num_used:
+        in_use, on_host = self.ids.references > 0, self._slots.of >= 0
+        on_disk = self.disk.holds(np.arange(self.ids.capacity))
+        lost = int((in_use & ~on_host & ~on_disk).sum())
+        kept = int((~in_use & (on_host | on_disk)).sum())
+        if lost or kept:
             raise RuntimeError(
-                f"arena integrity: {lost} pages in neither tier, {kept} free pages in one, "
-                f"{len(owned)} slots with a page where {self.host.ids.num_used} are in use"
+                f"arena integrity: {lost} pages in neither tier, {kept} free pages in one"
             )
 
     @property
@@ -259,9 +272,8 @@ class TieredArena:
 
     def _grow_ids(self, count: int) -> None:
         self.ids.grow(count)
-        self._slot = np.pad(self._slot, (0, count), constant_values=-1)
-        lacking = self.ids.capacity - len(self.disk)
-        self.disk.grow(lacking)
+        self._slots.grow(self.ids.capacity)
+        self.disk.grow(self.ids.capacity - len(self.disk))
 
     def _make_free(self, num_pages: int) -> None:
         """Have so many free slots: of new memory while the budget has some, then of pages that are
@@ -272,114 +284,42 @@ class TieredArena:
             num_chunks = host.budget.free // host.chunk_nbytes + host.num_ordered
             num_chunks = min(-(-lacking // host.pages_per_chunk), num_chunks)
             host.reserve(len(host.ids.free) + num_chunks * host.pages_per_chunk)
-            self._grow_slots()
+            self._slots.grow(self.ids.capacity)
         while (lacking := num_pages - len(host.ids.free)) > 0:
-            if not (self._give_up(lacking) or self._wait_for_some(lacking)):
+            if not (self._slots.give_up(lacking) or self._wait_for_some(lacking)):
                 self._refuse(num_pages)
-
-    def _grow_slots(self) -> None:
-        more = self.host.capacity - len(self._owner)
-        if not more:
-            return
-        self._owner = np.pad(self._owner, (0, more), constant_values=-1)
-        self._is_held = np.pad(self._is_held, (0, more))
-        self._clock.grow(self.host.capacity)
-
-    def _take_slots(self, ids: Rows) -> Rows:
-        """Slots for pages, of which there are as many free; held."""
-        slots: Rows = self.host.allocate(len(ids)).numpy()
-        self._slot[ids], self._owner[slots] = slots, ids
-        self._is_held[slots] = True
-        return slots
-
-    def _give_up(self, count: int) -> int:
-        """Free at most `count` slots of pages that are in a file; how many."""
-        victims = self._clock.victims(count, self._is_spare)
-        self._clear(victims)
-        return len(victims)
-
-    def _is_spare(self, slots: slice) -> NDArray[np.bool_]:
-        """Which slots have pages that are in a file and that nobody needs in memory."""
-        owners = self._owner[slots]
-        is_spare = (owners >= 0) & ~self._is_held[slots]
-        is_spare[is_spare] = self.disk.holds(owners[is_spare])
-        return is_spare
-
-    def _clear(self, slots: Rows) -> None:
-        self._slot[self._owner[slots]], self._owner[slots] = -1, -1
-        self._is_held[slots] = False
-        self.host.release(torch.from_numpy(slots))
 
     def _wait_for_some(self, count: int) -> bool:
         """Wait until more pages could be given up; False if no more ever can."""
-        if not self.disk.is_writing and not self._start_writing(count):
-            if not self._building:
-                return False
+        if self._arrivals:
+            self._arrivals.finish()
+        elif self.disk.is_writing or self._writes.begin(count):
+            self._writes.finish(wait=True)
+        elif self._building:
             # pages that are built on another thread
             self._building[0][1].exception()
             self._seal_built()
-            return True
-        self._finish_writes(wait=True)
-        return True
-
-    def _bring_missing(self, missing: Rows) -> None:
-        self._make_free(len(missing))
-        slots = self._take_slots(missing)
-        try:
-            self.disk.read(missing, self.host.chunks, slots)
-        except BaseException:
-            self._clear(slots)
-            raise
-        self._is_held[slots] = False
-        self._clock.use(slots)
-
-    def _write_behind(self) -> None:
-        """Begin to write pages that only memory holds, if they are many and more are to come."""
-        on_host = self._host_pages
-        is_near = self.ids.num_used - self.disk.num_base > 3 * on_host // 4
-        if is_near and self._num_unwritten > on_host // 4:
-            # where the disk has no room, memory may have it still
-            with suppress(CapacityError):
-                self._start_writing(self._num_unwritten - on_host // 8)
-
-    def _start_writing(self, count: int) -> bool:
-        """Begin to write at least `count` pages, the oldest; False if there are none.
-
-        Raises:
-            CapacityError: the disk has no room for them.
-        """
-        parts = [np.empty(0, dtype=np.int64)]
-        while self.disk.is_writable and self._unwritten and count > 0:
-            part = self._unwritten.popleft()
-            self._num_unwritten -= len(part)
-            # what was freed meanwhile is not there, or is another page by now
-            part = part[(self._slot[part] >= 0) & ~self.disk.holds(part)]
-            part = part[~self._is_held[self._slot[part]]]
-            parts.append(part)
-            count -= len(part)
-        pages = np.unique(np.concatenate(parts))
-        if not len(pages):
+        else:
             return False
-        try:
-            self.disk.begin_writing(pages, self.host.chunks, self._slot[pages])
-        except CapacityError:
-            self._write_later(pages)
-            raise
         return True
 
-    def _write_later(self, pages: Rows) -> None:
-        """Pages that were to be written: the first to be so again."""
-        self._unwritten.appendleft(pages)
-        self._num_unwritten += len(pages)
+    def _bring_missing(self, missing: Rows, found: Rows, deadline: float | None) -> None:
+        """Read pages that are not in memory, without giving up the slots `found`."""
+        self._keep_up()
+        end = None if deadline is None else time.monotonic() + deadline
+        was_held = self._slots.is_held[found].copy()
+        self._slots.is_held[found] = True
+        try:
+            new = self._arrivals.without(missing)
+            if len(new):
+                self._make_free(len(new))
+                self._arrivals.begin(new, at_once=end is None)
+            self._arrivals.finish(end)
+        finally:
+            self._slots.is_held[found] = was_held
 
-    def _finish_writes(self, *, wait: bool = False) -> None:
-        failed = self.disk.finish_writing(wait=wait)
-        if len(failed):
-            self._write_later(failed)
-            raise CapacityError(
-                f"{len(failed)} pages could not be written to disk; see that {self.disk.where} can "
-                "be written and has room, and go on"
-            )
+    def _keep_up(self) -> None:
+        self._writes.keep_up(self.ids.num_used - self.disk.num_base, self._host_pages)
 
     def _seal_built(self) -> None:
         while self._building and self._building[0][1].done():
@@ -392,12 +332,15 @@ class TieredArena:
         if not len(freed):
             return
         if self.disk.is_writing:
-            self._finish_writes(wait=True)
-        slots = self._slot[freed]
-        self._clear(slots[slots >= 0])
+            self._writes.finish(wait=True)
+        self._arrivals.finish()
+        slots = self._slots.of[freed]
+        self._slots.clear(slots[slots >= 0])
         self.disk.forget(freed)
 
     def _collect(self) -> None:
+        """Take note of what others did meanwhile."""
         self._forget(self.ids.collect())
-        self._finish_writes()
+        self._arrivals.finish(end=0.0)
+        self._writes.finish()
         self._seal_built()

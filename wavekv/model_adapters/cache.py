@@ -137,7 +137,7 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of keys, values and page statistics of the offloaded layers, in all tiers."""
         statistics = self.stats()
-        return int(statistics["bytes_device"] + statistics["bytes_host"])
+        return int(statistics["bytes_device"] + statistics["bytes_pages"])
 
     def stats(self) -> dict[str, float | int]:
         """What the cache holds and what decoding did, as plain numbers.

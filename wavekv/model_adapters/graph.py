@@ -240,9 +240,9 @@ class _StepGraph:
                 early.check()
             torch.cuda.current_stream(engine.device).wait_stream(side)
             engine.capture_growth()
-            self._graph = torch.cuda.CUDAGraph()
-            capture = torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local")
-            with early, capture:
+            assert engine.graph is not None
+            self._graph = engine.graph
+            with early, self._graph.capturing(side):
                 self._logits = self._forward(inputs)
         engine.reset()
 

@@ -36,13 +36,19 @@ class GrownPages(NamedTuple):
 class DeviceLayer:
     """The tensors that a step of one layer works on."""
 
-    def __init__(self, context: LayerContext, steady: StepSteady, shape: StepShape) -> None:
+    def __init__(
+        self,
+        context: LayerContext,
+        steady: StepSteady,
+        shape: StepShape,
+        host_slots: Tensor | None = None,
+    ) -> None:
         """The index of `context` gets buffers of `shape.capacity` pages; its local tokens are
-        copied to `steady`, all of it at once."""
+        copied to `steady`, all of it at once. host_slots: of `StepPages`."""
         self.context, self.steady = context, steady
         self.is_given_back = False
         zone = context.steady
-        self.pages = fitted_pages(context.paged, shape)
+        self.pages = fitted_pages(context.paged, shape)._replace(host_slots=host_slots)
         self.pool: StepPool = empty_pool(shape, zone.keys.view.dtype, zone.keys.view.device)
         self.totals: StepTotals = empty_totals(shape, zone.keys.view.device)
         A = shape.sinks
@@ -104,6 +110,10 @@ class DeviceLayer:
         retrieved = totals.paging[..., 3].double().mean() / num_tokens
         counters.retrieved_share = counters.retrieved_share + retrieved
         counters.tail_mass = counters.tail_mass + totals.tail_mass.mean()
+        hits, fetched_now, left = (int(totals.paging[..., i].sum()) for i in range(3))
+        counters.pool_wanted += hits + fetched_now + left
+        counters.pool_missing += fetched_now + left
+        counters.num_late += left
         fetched = int(totals.paging[..., [1, 4]].sum())
         counters.bytes_to_device += fetched * page_bytes
         pages = sum(pages.page_ids[0].numel() for pages in grown)

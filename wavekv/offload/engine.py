@@ -13,30 +13,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from wavekv.errors import CapacityError
-from wavekv.index.levels import Logits, num_finalists
+from wavekv.index.levels import Logits
 from wavekv.kernels.step import (
-    CANDIDATES,
     CLOCK,
     END,
     FINAL,
-    FINALISTS,
     FIRST,
     LATER,
-    LEAST,
-    LIKELY,
-    MOST,
     NUM_LIMITS,
     PAGES,
     SECOND,
     START,
-    WIDE,
-    StepArena,
     StepScratch,
     StepShape,
     StepSteady,
@@ -45,10 +39,13 @@ from wavekv.kernels.step import (
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_layer import DeviceLayer, GrownPages
-from wavekv.offload.engine_shape import RUNNERS_UP, likely_pages
+from wavekv.offload.disk_requests import DiskRequests, disk_requests
+from wavekv.offload.engine_shape import step_limits
 from wavekv.offload.fetches import PageFetches
 from wavekv.offload.growth import Growth
+from wavekv.offload.host_chunks import HostChunks
 from wavekv.offload.pool import fitted_shape
+from wavekv.offload.step_graph import StepGraph
 from wavekv.offload.streams import ORDINARY, SideStreams
 
 _HOST_ROOM_TOKENS = 2048
@@ -85,24 +82,20 @@ class DecodeEngine:
         with suppress(CapacityError):
             # ahead of time only: pages that are due and do not fit are an error then
             self._host_arena.reserve(pages_per_growth * max(1, _HOST_ROOM_TOKENS // segment))
-        self._chunks = torch.zeros(
-            self._host_arena.host.max_chunks, dtype=torch.int64, device=self.device
-        )
-        self.arena = StepArena(
-            self._chunks, self._host_arena.host.pages_per_chunk, self._host_arena.host.chunks
-        )
-        self._num_chunks = 0
-        self._refresh_chunks()
+        self._chunks = HostChunks(self._host_arena, self.device)
         A, C, D = self.shape.sinks, self.shape.ring, self.shape.head_dim
         B, H = self.shape.batch, self.shape.kv_heads
-        self.ring = torch.zeros(
-            (len(contexts), 2, B, H, A + C, D), dtype=query.dtype, device=self.device
-        )
+        size = len(contexts), 2, B, H, A + C, D
+        self.ring = torch.zeros(size, dtype=query.dtype, device=self.device)
         valid = torch.zeros(B, A + C, dtype=torch.bool, device=self.device)
         self.new_valid = torch.ones(B, dtype=torch.bool, device=self.device)
+        self._disk = disk_requests(
+            self._host_arena, self._chunks, len(contexts), self.shape, self.config.disk_deadline
+        )
+        slots = None if self._disk is None else self._disk.table.slots
         self.layers = [
-            DeviceLayer(context, StepSteady(self.ring[i, 0], self.ring[i, 1], valid), self.shape)
-            for i, context in enumerate(contexts)
+            DeviceLayer(context, StepSteady(ring[0], ring[1], valid), self.shape, slots)
+            for context, ring in zip(contexts, self.ring, strict=True)
         ]
         self.scratch = empty_scratch(self.shape, query.dtype, self.device)
         self.counters = torch.zeros(4, dtype=torch.int32, device=self.device)
@@ -111,14 +104,14 @@ class DecodeEngine:
         self.reset_counters()
         self._num_growing = 0
         self.growth = Growth(
-            self.layers, self.ring, self.counters, self.arena, self.shape, segment, ops
+            self.layers, self.ring, self.counters, self._chunks.arena, self.shape, segment, ops
         )
         # the first tokens that leave the window make the sinks: not here
         has_sinks = self.config.num_sink_tokens == A
         self._can_grow = has_sinks and bool(zone.valid.view[:, :A].all())
         self._fetches = PageFetches(
             layers=self.layers,
-            arena=self.arena,
+            arena=self._chunks.arena,
             counters=self.counters,
             limits=self.limits,
             scratch=self.scratch,
@@ -127,6 +120,8 @@ class DecodeEngine:
             ops=ops,
         )
         self._aside = SideStreams((ORDINARY,), self.device)
+        self.graph = StepGraph() if self.device.type == "cuda" else None
+        """Of the step, where it is captured."""
         self.is_stepping = False
         """Whether attention is to come here: while a step is rehearsed, captured or run."""
         self.last_queries: dict[int, Tensor] = {}
@@ -144,6 +139,8 @@ class DecodeEngine:
     @property
     def is_full(self) -> bool:
         """Whether the buffers have no room for another step: time to give back."""
+        if self._disk is not None and self._disk.table.is_too_small:
+            return not self.growth.is_running
         if self._num_waiting < self.config.append_segment or self.growth.is_running:
             return False
         has_room = self.num_pages + self.growth.num_pages <= self.shape.capacity
@@ -156,8 +153,8 @@ class DecodeEngine:
         # pages that are due and do not fit are an error then
         with suppress(CapacityError):
             self._next_ids = self._host_arena.allocate(self.growth.num_arena_pages)
-            self._refresh_chunks()
-            self.growth.capture(self._next_ids)
+            self._chunks.refresh()
+            self.growth.capture(self._next_ids, self._host_arena.slots_of(self._next_ids))
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -195,18 +192,14 @@ class DecodeEngine:
         limits = page_limits(self.config, self.num_tokens + 1)
         if limits != self._limits:
             least, most = (min(limit, self.shape.most) for limit in limits)
-            is_cuda = self.device.type == "cuda"
-            values = torch.zeros(NUM_LIMITS, dtype=torch.int32, pin_memory=is_cuda)
-            values[LEAST], values[MOST] = least, most
-            if self.config.refine > 1:
-                values[CANDIDATES] = most * self.config.refine
-                values[FINALISTS] = most * num_finalists(self.config.refine)
-            values[WIDE] = int(RUNNERS_UP * most) if self.shape.is_wide else most
-            for stage in FIRST, SECOND:
-                values[LIKELY + stage] = likely_pages(self.shape, most, stage)
+            values = step_limits(self.config, self.shape, least, most)
+            if self.device.type == "cuda":
+                values = values.pin_memory()
             self.limits.copy_(values, non_blocking=True)
             self._limits = limits
         self._grow()
+        if self._disk is not None:
+            self._disk.table.refresh()
 
     def after_step(self) -> None:
         """Count the step that was launched."""
@@ -240,6 +233,8 @@ class DecodeEngine:
                 # nor does this; beside a refinement, which fills the device, it would delay it
                 ops.value_slope(q, pages, counters, scratch, shape)
         self._select(layer, scratch, shape)
+        if self._disk is not None:
+            self._ask(self._disk, layer)
         self._fetches.wait_resolved()
         ops.resolve(pages, pool, counters, scratch, layer.totals, shape)
         self._fetches.start(number, shape)
@@ -249,6 +244,18 @@ class DecodeEngine:
         ops.attend(q, layer.steady, pool, counters, scratch, shape, pages=True)
         ops.merge(counters, scratch, layer.totals, sink_logits, shape)
         return scratch.out.unsqueeze(2)
+
+    def _ask(self, disk: DiskRequests, layer: DeviceLayer) -> None:
+        """Have the pages that a layer chose in host memory. A captured step is cut here."""
+        disk.ask(layer, self.scratch.chosen)
+        # a graph ends with one stream
+        self._fetches.join()
+        self._aside.join()
+        serve = partial(disk.serve, layer)
+        if self.graph is None:
+            serve()
+        else:
+            self.graph.cut(serve)
 
     def prefetch(self, number: int, query: Tensor, logits: Logits) -> None:
         """Fetch what layer `number` would choose for `query` [B, Hq, 1, D], beside other work."""
@@ -261,7 +268,7 @@ class DecodeEngine:
             self._refine(number, scratch, shape, fetches=False)
             self._select(layer, scratch, shape)
             ops.resolve(pages, pool, counters, scratch, layer.totals, shape, purpose=LATER)
-            ops.fetch(self.arena, pool, scratch, shape)
+            ops.fetch(self._chunks.arena, pool, scratch, shape)
 
     def _refine(
         self, number: int, scratch: StepScratch, shape: StepShape, *, fetches: bool
@@ -327,9 +334,9 @@ class DecodeEngine:
         if ids is None:
             ids = self._host_arena.allocate(growth.num_arena_pages)
         self._next_ids = ids
-        self._refresh_chunks()
+        self._chunks.refresh()
         self._host_arena.order_ahead(growth.num_arena_pages)
-        growth.start(ids)
+        growth.start(ids, self._host_arena.slots_of(ids))
         self._num_growing = segment
         if growth.is_done:
             self._commit()
@@ -338,13 +345,7 @@ class DecodeEngine:
         segment = self.config.append_segment
         self.start += segment
         self.num_pages += self.growth.num_pages
-        self.grown.append(self.growth.commit(self.start))
+        grown = self.growth.commit(self.start)
+        self._host_arena.seal(grown.page_ids)
+        self.grown.append(grown)
         self._num_growing, self._next_ids = 0, None
-
-    def _refresh_chunks(self) -> None:
-        """Tell the device of chunks that the host arena has got."""
-        chunks = self._host_arena.host.chunks
-        if len(chunks) > self._num_chunks:
-            new = [chunk.data_ptr() for chunk in chunks[self._num_chunks :]]
-            self._chunks[self._num_chunks : len(chunks)] = torch.tensor(new, device=self.device)
-            self._num_chunks = len(chunks)

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from wavekv.config import OffloadConfig
-from wavekv.kernels.step import StepShape
-from wavekv.kvstore import KVLayout, TieredArena
+from wavekv.index.levels import num_finalists
+from wavekv.kernels.step import (
+    CANDIDATES,
+    FINALISTS,
+    FIRST,
+    LEAST,
+    LIKELY,
+    MOST,
+    NUM_LIMITS,
+    SECOND,
+    WIDE,
+    StepShape,
+)
+from wavekv.kvstore import KVLayout
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.index_sizes import index_sizes
@@ -27,6 +42,25 @@ def likely_pages(shape: StepShape, most: int, stage: int) -> int:
     that a step may choose finds a slot beside them."""
     spare = (shape.slots - shape.most) // len(LIKELY_SHARES)
     return min(int(LIKELY_SHARES[stage] * most), spare)
+
+
+def step_limits(config: OffloadConfig, shape: StepShape, least: int, most: int) -> Tensor:
+    """The `limits` [NUM_LIMITS] int32 of a step in which a KV head chooses so many pages."""
+    values = torch.zeros(NUM_LIMITS, dtype=torch.int32)
+    values[LEAST], values[MOST] = least, most
+    if config.refine > 1:
+        values[CANDIDATES] = most * config.refine
+        values[FINALISTS] = most * num_finalists(config.refine)
+    values[WIDE] = int(RUNNERS_UP * most) if shape.is_wide else most
+    for stage in FIRST, SECOND:
+        values[LIKELY + stage] = likely_pages(shape, most, stage)
+    return values
+
+
+def table_ids(num_ids: int, num_layers: int, shape: StepShape) -> int:
+    """Pages of an arena in two tiers that an engine keeps track of, where there are `num_ids`: with
+    room for those that its layers may get, and for as many that forks may."""
+    return num_ids + 2 * num_layers * shape.rows * shape.capacity
 
 
 def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
@@ -52,8 +86,6 @@ def engine_refusal(contexts: Sequence[LayerContext | None]) -> str | None:
     if len(kinds) > 1:
         return "layers differ in heads, tokens, dtype or device"
     config = first.runtime.config
-    if isinstance(first.paged.arena, TieredArena):
-        return "pages are in tiers"
     if first.paged.arena.layout.page_bytes % 4:
         return f"pages of {first.paged.arena.layout.page_bytes} bytes are not whole words"
     if first.steady.num_local > config.window + 2 * config.append_segment:

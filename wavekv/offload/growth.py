@@ -43,8 +43,10 @@ class Growth:
         device = ring.device
         is_cuda = device.type == "cuda"
         size = len(layers), shape.batch, shape.kv_heads, self.num_pages
-        self._arena_ids = torch.zeros(size, dtype=torch.int64, device=device)
-        self._host_ids = torch.zeros(size, dtype=torch.int64, pin_memory=is_cuda)
+        # of the new pages: their ids, and where host memory has them
+        self._ids = torch.zeros(2, *size, dtype=torch.int64, device=device)
+        self._arena_ids, self._host_slots = self._ids[0], self._ids[1]
+        self._host_ids = torch.zeros(2, *size, dtype=torch.int64, pin_memory=is_cuda)
         self._counts = torch.zeros(size, dtype=torch.int32, device=device)
         self._token_ids = torch.zeros(*size, shape.page_size, dtype=torch.int32, device=device)
         # a segment may begin in one span and end in the next
@@ -61,8 +63,8 @@ class Growth:
     @property
     def nbytes(self) -> int:
         """Bytes of its buffers on the device."""
-        buffers = self._arena_ids, self._counts, self._token_ids, self._totals
-        return sum(buffer.nbytes for buffer in (*buffers, self._spans, self._moved))
+        buffers = self._counts, self._token_ids, self._totals, self._spans, self._moved
+        return self._ids.nbytes + sum(buffer.nbytes for buffer in buffers)
 
     @property
     def num_arena_pages(self) -> int:
@@ -74,12 +76,13 @@ class Growth:
         """Whether the pages are complete, without waiting."""
         return self._done is None or self._done.query()
 
-    def capture(self, arena_ids: Tensor) -> None:
-        """Make the graph. arena_ids: pages that are free to be written. What a rehearsal writes
-        lies behind the pages in use."""
+    def capture(self, arena_ids: Tensor, slots: Tensor) -> None:
+        """Make the graph. arena_ids: pages that are free to be written, and `slots` where host
+        memory has them. What a rehearsal writes lies behind the pages in use."""
         if self._stream is None:
             return
-        self._arena_ids.copy_(arena_ids.view(self._arena_ids.shape))
+        self._write_ids(arena_ids, slots)
+        self._ids.copy_(self._host_ids)
         self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
         with torch.cuda.stream(self._stream):
             self._build()
@@ -89,18 +92,19 @@ class Growth:
             self._build()
         self._graph = graph
 
-    def start(self, arena_ids: Tensor) -> None:
-        """Begin to build pages of the oldest local tokens, to be stored under `arena_ids`."""
-        self._host_ids.copy_(arena_ids.view(self._host_ids.shape))
+    def start(self, arena_ids: Tensor, slots: Tensor) -> None:
+        """Begin to build pages of the oldest local tokens, to be stored under `arena_ids`, which
+        host memory has at `slots`."""
+        self._write_ids(arena_ids, slots)
         self.is_running = True
         if self._stream is None or self._done is None:
-            self._arena_ids.copy_(self._host_ids)
+            self._ids.copy_(self._host_ids)
             self._build()
             self._host = self._counts.clone(), self._token_ids.clone()
             return
         self._stream.wait_stream(torch.cuda.current_stream(self.ring.device))
         with torch.cuda.stream(self._stream):
-            self._arena_ids.copy_(self._host_ids, non_blocking=True)
+            self._ids.copy_(self._host_ids, non_blocking=True)
             if self._graph is None:
                 self._build()
             else:
@@ -122,12 +126,16 @@ class Growth:
         self.is_running = False
         assert self._host is not None
         counts, token_ids = self._host
-        return GrownPages(end, self._host_ids.clone(), counts.clone(), token_ids.clone())
+        return GrownPages(end, self._host_ids[0].clone(), counts.clone(), token_ids.clone())
 
     def wait(self) -> None:
         """Wait on the host for a run that is not committed."""
         if self.is_running and self._done is not None:
             self._done.synchronize()
+
+    def _write_ids(self, arena_ids: Tensor, slots: Tensor) -> None:
+        for mine, ids in zip(self._host_ids, (arena_ids, slots), strict=True):
+            mine.copy_(ids.view(mine.shape))
 
     def _build(self) -> None:
         shape, device = self.shape, self.ring.device
@@ -148,7 +156,7 @@ class Growth:
         stored = formed.pages
         if shape.codec is not None:
             stored = encode_pages(stored, formed.counts.flatten(), shape.codec)
-        self.ops.store(stored, self._arena_ids.flatten(), self.arena)
+        self.ops.store(stored, self._host_slots.flatten(), self.arena)
         pages = first + torch.arange(n, device=device)
         span = first // shape.span_pages
         in_first = pages // shape.span_pages == span

@@ -10,6 +10,7 @@ from dataclasses import replace
 from wavekv.config import OffloadConfig
 from wavekv.growing import SHRINK_AT
 from wavekv.kernels.step import StepShape
+from wavekv.kvstore import TieredArena
 from wavekv.offload.budget import page_limits
 from wavekv.offload.context import LayerContext
 from wavekv.offload.device_memory import (
@@ -19,7 +20,7 @@ from wavekv.offload.device_memory import (
     held_memory,
     too_much,
 )
-from wavekv.offload.engine_shape import wanted_shape
+from wavekv.offload.engine_shape import table_ids, wanted_shape
 from wavekv.offload.prefill_sizes import build_copies
 from wavekv.offload.room import room_tokens
 from wavekv.offload.sizes import (
@@ -64,7 +65,11 @@ def fitted_shape(contexts: Sequence[LayerContext]) -> StepShape:
     )
     budget = device_budget(config, free_memory(device) + held_memory(contexts))
     library = LIBRARY_BYTES if device.type == "cuda" else 0
-    return with_slots(step, pool_parts(config, shape, step, steady, library), budget)
+    parts = pool_parts(config, shape, step, steady, library)
+    arena = first.paged.arena
+    if isinstance(arena, TieredArena):
+        parts["disk"] = 8 * table_ids(arena.ids.capacity, len(contexts), step)
+    return with_slots(step, parts, budget)
 
 
 def pool_parts(
@@ -156,7 +161,10 @@ def foreseen_shape(config: OffloadConfig, shape: CacheShape, budget: int) -> Ste
     """
     step = engine_step_shape(config, shape)
     steady = steady_bytes(config, shape)
-    return with_slots(step, pool_parts(config, shape, step, steady, LIBRARY_BYTES), budget)
+    parts = pool_parts(config, shape, step, steady, LIBRARY_BYTES)
+    if config.disk is not None:
+        parts["disk"] = 8 * table_ids(shape.layers * step.rows * step.capacity, shape.layers, step)
+    return with_slots(step, parts, budget)
 
 
 def steady_bytes(config: OffloadConfig, shape: CacheShape) -> int:

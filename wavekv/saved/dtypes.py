@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wavekv.errors import LayoutError
+from wavekv.errors import ContextFormatError, LayoutError
 
 DTYPES = {
     "float32": torch.float32,
@@ -52,8 +52,10 @@ def expect_bools(tensor: Tensor, place: str) -> Tensor:
     """A tensor that was read; its bytes are 0 and 1 if it is of booleans.
 
     Raises:
-        ValueError: they are not.
+        ContextFormatError: they are not.
     """
     if tensor.dtype == torch.bool and tensor.numel() and int(bytes_of(tensor).max()) > 1:
-        raise ValueError(f"bytes other than 0 and 1 among the booleans of {place}")
+        raise ContextFormatError(
+            f"expected booleans of bytes 0 and 1 in {place}, got others; take another copy"
+        )
     return tensor

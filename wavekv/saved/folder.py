@@ -26,7 +26,11 @@ class Folder:
         OSError: it cannot be opened.
         """
         self.path = path
+        self._descriptor = -1
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        self.close()
 
     @property
     def descriptor(self) -> int:
@@ -109,11 +113,15 @@ class Folder:
             os.close(descriptor)
 
     def map(self, name: str, entry: FileEntry) -> mmap.mmap:
-        """A file of one byte or more in memory that may be written and keeps the changes to itself.
+        """A file in memory that may be written and keeps the changes to itself.
 
         Raises:
-            ContextFormatError: as `open_sized`.
+            ContextFormatError: as `open_sized`, or it is empty.
         """
+        if not entry.nbytes:
+            raise ContextFormatError(
+                f"expected {self.path / name} of bytes > 0, got an empty file; take another copy"
+            )
         with self.opened(name, entry) as descriptor:
             return mmap.mmap(descriptor, entry.nbytes, access=mmap.ACCESS_COPY)
 

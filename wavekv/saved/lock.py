@@ -33,7 +33,8 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         # unlinked while it is held: whoever opened the file before sees that its name is gone
-        lock.unlink(missing_ok=True)
+        if _names(lock, descriptor):
+            lock.unlink()
         os.close(descriptor)
 
 

@@ -50,7 +50,11 @@ class Manifest:
         return sum(entry.nbytes for entry in self.files.values())
 
     def to_bytes(self) -> bytes:
-        """The file."""
+        """The file.
+
+        Raises:
+            TypeError, ValueError: the description is more than JSON holds.
+        """
         body: dict[str, Any] = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -61,6 +65,8 @@ class Manifest:
                 for name, entry in self.files.items()
             },
         }
+        # as it will be read: keys are text there, and in another order than numbers are
+        body = json.loads(json.dumps(body, allow_nan=False))
         body["crc32"] = f"{_checksum(body):08x}"
         return json.dumps(body, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -74,8 +80,8 @@ class Manifest:
         """
         place = f"{where.rstrip('/')}/{NAME}"
         try:
-            body = json.loads(raw)
-        except ValueError as error:
+            body = json.loads(raw, object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
             raise _damaged(place, f"text that is not JSON ({error})") from error
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             found = body.get("format") if isinstance(body, dict) else body
@@ -84,7 +90,7 @@ class Manifest:
                 f"format={found!r}; give the directory that save() wrote"
             )
         version = body.get("format_version")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ContextFormatError(
                 f"expected {place} with format_version={FORMAT_VERSION}, got {version!r}; the "
                 f"wavekv that wrote it ({body.get('wavekv_version')!r}) reads it, or prefill and "
@@ -110,6 +116,13 @@ def check_name(name: str, place: str) -> str:
             f"'.', got {name!r} in files; do not use this context"
         )
     return name
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice in one object")
+    return found
 
 
 def _files(body: dict[str, Any], place: str) -> dict[str, FileEntry]:

@@ -85,12 +85,14 @@ class Output:
     def _path(self, name: str) -> Path:
         """Where a file goes, in a folder that is there."""
         path = self.root / name
-        new = [folder for folder in path.parents if folder.is_relative_to(self.root)]
-        for folder in reversed(new):
-            if folder not in self._folders:
-                os.mkdir(folder)
-                self._folders.add(folder)
+        self._make_folder(path.parent)
         return path
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder not in self._folders:
+            self._make_folder(folder.parent)
+            os.mkdir(folder)
+            self._folders.add(folder)
 
     def _submit(self, most: int, name: str, nbytes: int, task: Callable[[], None]) -> None:
         """Run a task on a thread once fewer than `most` are pending."""

@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from wavekv.errors import ContextFormatError, LockedError
+from wavekv.errors import ContextFormatError
 from wavekv.saved.arrays import METADATA, ArrayForm
 from wavekv.saved.dtypes import expect_bools
 from wavekv.saved.folder import Folder
-from wavekv.saved.lock import locked
-from wavekv.saved.manifest import NAME, FileEntry, Manifest
+from wavekv.saved.manifest import FileEntry, Manifest
+from wavekv.saved.opening import with_manifest
 from wavekv.saved.page_array import PageArray
-from wavekv.saved.replace import old_path, recover
-from wavekv.saved.tables import from_arrow
+from wavekv.saved.tables import CHECKSUMS, checksum_table, from_arrow, table_file
 from wavekv.saved.verify import problems
 
 _NUM_THREADS = 4
@@ -34,6 +32,11 @@ class ContextReader:
         self.path, self.manifest = folder.path, manifest
         self._folder = folder
         self._checked: set[str] = set()
+        self._chunks: dict[str, list[str]] = {}
+        for name in manifest.files:
+            array, separator, _ = name.rpartition("/c/")
+            if separator:
+                self._chunks.setdefault(array, []).append(name)
 
     @classmethod
     def open(cls, path: str | Path) -> ContextReader:
@@ -44,14 +47,9 @@ class ContextReader:
             ContextFormatError: it is no saved context, is of a newer version, or a file is missing
                 or of another size.
         """
-        place = Path(os.path.realpath(path))
-        _recover(place)
+        folder, raw = with_manifest(Path(os.path.realpath(path)))
         try:
-            folder, raw = _with_manifest(place)
-        except FileNotFoundError as error:
-            raise _missing_context(place) from error
-        try:
-            reader = cls(folder, Manifest.parse(raw, str(place)))
+            reader = cls(folder, Manifest.parse(raw, str(folder.path)))
             for name, entry in reader.manifest.files.items():
                 with folder.opened(name, entry):
                     pass
@@ -87,11 +85,8 @@ class ContextReader:
     @property
     def tables(self) -> list[str]:
         """Names of all tables, those of checksums of pages among them."""
-        return sorted(
-            name.removeprefix("tables/").removesuffix(".arrow")
-            for name in self.manifest.files
-            if name.startswith("tables/") and name.endswith(".arrow")
-        )
+        named = [Path(name) for name in self.manifest.files]
+        return sorted(file.stem for file in named if str(file) == table_file(file.stem))
 
     def check(self, names: Iterable[str]) -> None:
         """Verify the checksums of arrays and tables at once, on several threads, which `array` and
@@ -103,7 +98,7 @@ class ContextReader:
         """
         files: list[str] = []
         for name in names:
-            found = [f"tables/{name}.arrow", f"{name}/{METADATA}", *self._chunks(name)]
+            found = [table_file(name), f"{name}/{METADATA}", *self._chunks.get(name, [])]
             found = [file for file in found if file in self.manifest.files]
             files += found or [self._missing(name)]
         self._check(files)
@@ -136,7 +131,7 @@ class ContextReader:
             ContextFormatError: there is none, or it is damaged.
             OSError: the disk does not give it.
         """
-        file = f"tables/{name}.arrow"
+        file = table_file(name)
         self._check([file])
         mapped = self._folder.map(file, self.manifest.files[file])
         return from_arrow(mapped, str(self.path / file))
@@ -155,12 +150,12 @@ class ContextReader:
                 f"expected {self.path / name / METADATA} with a power of two of rows a file, got "
                 f"{form.rows_per_file}; it is no array of pages"
             )
-        columns = self.table(name.replace("/", "_"))
-        crc32 = columns.get("crc32")
+        columns = self.table(checksum_table(name))
+        crc32 = columns.get(CHECKSUMS)
         if crc32 is None or crc32.shape != (form.shape[0],) or crc32.dtype != torch.int64:
             raise ContextFormatError(
-                f"expected {self.path}/tables/{name.replace('/', '_')}.arrow with a column crc32 "
-                f"[{form.shape[0]}] int64, got {list(columns)}; take another copy of the context"
+                f"expected {self.path / table_file(checksum_table(name))} with a column "
+                f"{CHECKSUMS} [{form.shape[0]}] int64, got {list(columns)}; take another copy"
             )
         return PageArray(
             self._folder,
@@ -187,7 +182,7 @@ class ContextReader:
 
     def _files(self, name: str, form: ArrayForm) -> list[str]:
         """The chunk files of an array, all of them of the size that its form says."""
-        found = self._chunks(name)
+        found = self._chunks.get(name, [])
         if len(found) != form.num_files:
             raise ContextFormatError(
                 f"expected {form.num_files} files of {self.path / name} by its shape={form.shape}, "
@@ -202,9 +197,6 @@ class ContextReader:
                     f"got {nbytes}; take another copy of the context"
                 )
         return files
-
-    def _chunks(self, name: str) -> list[str]:
-        return [file for file in self.manifest.files if file.startswith(f"{name}/c/")]
 
     def _check(self, files: list[str]) -> None:
         """Verify the checksums of files that were not verified before."""
@@ -231,45 +223,3 @@ class ContextReader:
 def _parents(name: str) -> list[str]:
     parts = name.split("/")
     return ["/".join(parts[:i]) for i in range(len(parts))]
-
-
-def _recover(path: Path) -> None:
-    """What a crash in the middle of a replacement left is renamed back, unless a writer is there
-    to do it."""
-    if not os.path.lexists(path) and os.path.lexists(old_path(path)):
-        with suppress(LockedError, OSError), locked(path):
-            recover(path)
-
-
-def _with_manifest(path: Path) -> tuple[Folder, bytes]:
-    """The directory and its manifest. Tries twice: another context may take its place between the
-    one and the other, and on some file systems nothing is there for a moment."""
-    try:
-        return _with_manifest_now(path)
-    except FileNotFoundError:
-        return _with_manifest_now(path)
-
-
-def _with_manifest_now(path: Path) -> tuple[Folder, bytes]:
-    try:
-        folder = Folder(path)
-    except NotADirectoryError:
-        raise ContextFormatError(
-            f"expected {path} to be a saved context, got a file; give the directory it is in"
-        ) from None
-    try:
-        return folder, folder.read(NAME)
-    except BaseException:
-        folder.close()
-        raise
-
-
-def _missing_context(path: Path) -> Exception:
-    if path.is_dir():
-        return ContextFormatError(
-            f"expected {path / NAME} of a saved context, got a directory without it; give the "
-            "directory that save() wrote"
-        )
-    return FileNotFoundError(
-        f"expected a saved context at {path}, got nothing there; give the path that it was saved to"
-    )

@@ -17,9 +17,22 @@ from wavekv.saved.dtypes import DTYPES, bytes_of, expect_bools, host_copy, name_
 if TYPE_CHECKING:
     import pyarrow
 
+FOLDER = "tables"
+CHECKSUMS = "crc32"
+"""The column of checksums of pages."""
 _STORED_AS = {"bfloat16": "uint16", "bool": "uint8"}
 _ARROW_NAMES = {"float": "float32", "halffloat": "float16"}
 """Names of Arrow's types that are not those of the same type elsewhere."""
+
+
+def table_file(name: str) -> str:
+    """The file of a table."""
+    return f"{FOLDER}/{name}.arrow"
+
+
+def checksum_table(array: str) -> str:
+    """The table of the checksums of an array of pages."""
+    return array.replace("/", "_")
 
 
 def to_arrow(columns: Mapping[str, Tensor], place: str) -> pyarrow.Buffer:
@@ -61,6 +74,8 @@ def from_arrow(mapped: mmap.mmap, place: str) -> dict[str, Tensor]:
             field.name: _view(mapped, field, array, f"column {field.name} of {place}")
             for field, array in zip(batch.schema, batch.columns, strict=True)
         }
+    except ContextFormatError:
+        raise
     except (pyarrow.ArrowException, ValueError, RecursionError) as error:
         raise ContextFormatError(
             f"expected {place} as save() writes it, an Arrow file of one uncompressed batch, got "
@@ -100,7 +115,10 @@ def _view(mapped: mmap.mmap, field: pyarrow.Field, array: pyarrow.Array, where: 
             raise ValueError(f"shape={metadata['shape']!r} in {where}")
         if field.type.list_size != math.prod(inner):
             raise ValueError(f"lists of {field.type.list_size} for shape={inner} in {where}")
-        array = _expect_whole(array, where).values
+        count = len(_expect_whole(array, where)) * field.type.list_size
+        array = array.values
+        if len(array) != count:
+            raise ValueError(f"{len(array)} numbers in lists of {count} in {where}")
     array = _expect_whole(array, where)
     kind = str(array.type)
     dtype = metadata.get("dtype", _ARROW_NAMES.get(kind, kind))

@@ -14,6 +14,7 @@ from wavekv.errors import ContextFormatError
 from wavekv.kernels.crc32 import crc32_joined, crc32_rows
 from wavekv.saved.folder import Folder
 from wavekv.saved.manifest import NAME, Manifest
+from wavekv.saved.tables import CHECKSUMS, checksum_table, table_file
 
 if TYPE_CHECKING:
     from wavekv.saved.reader import ContextReader
@@ -58,9 +59,9 @@ def _inconsistent(reader: ContextReader) -> Iterator[str]:
         except ContextFormatError as error:
             yield str(error)
     for name in reader.arrays:
-        table = name.replace("/", "_")
+        table = checksum_table(name)
         try:
-            if table in tables and list(reader.table(table)) == ["crc32"]:
+            if table in tables and list(reader.table(table)) == [CHECKSUMS]:
                 yield from _wrong_checksums(reader, name)
             else:
                 reader.array(name)
@@ -81,8 +82,8 @@ def _wrong_checksums(reader: ContextReader, name: str) -> Iterator[str]:
         joined = crc32_joined(torch.cat([crcs, padding.expand(lacking)]), page_bytes)
         if joined != entry.crc32:
             yield (
-                f"expected pages of {reader.path / file} with the checksums in column crc32 of "
-                f"tables/{name.replace('/', '_')}.arrow, got others; take another copy"
+                f"expected pages of {reader.path / file} with the checksums in column "
+                f"{CHECKSUMS} of {table_file(checksum_table(name))}, got others; take another copy"
             )
 
 

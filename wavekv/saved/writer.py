@@ -19,13 +19,11 @@ from wavekv.kernels.crc32 import crc32_joined, crc32_rows
 from wavekv.saved.arrays import METADATA, ArrayForm, group_bytes, rows_per_file
 from wavekv.saved.dtypes import bytes_of, host_copy, memory_of
 from wavekv.saved.lock import locked
-from wavekv.saved.manifest import FORMAT, NAME, Manifest, check_name
+from wavekv.saved.manifest import FORMAT, NAME, Manifest
+from wavekv.saved.names import ArrayNames, expect_name
 from wavekv.saved.output import Output
 from wavekv.saved.replace import clear, discard, recover, swap, temporary_path
-from wavekv.saved.tables import to_arrow
-
-TABLES = "tables"
-"""The folder of tables."""
+from wavekv.saved.tables import CHECKSUMS, checksum_table, table_file, to_arrow
 
 
 class ContextWriter:
@@ -43,7 +41,7 @@ class ContextWriter:
         self._progress = progress
         self._stack = ExitStack()
         self._output: Output | None = None
-        self._arrays: set[str] = set()
+        self._names = ArrayNames()
 
     def __enter__(self) -> ContextWriter:
         """Raises:
@@ -51,6 +49,10 @@ class ContextWriter:
         ContextFormatError: it names something else than a saved context.
         OSError: its folder is not there or takes no files.
         """
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(
+                f"expected the folder {self.path.parent} to save to, got none; make it first"
+            )
         with ExitStack() as stack:
             stack.enter_context(locked(self.path))
             recover(self.path)
@@ -80,7 +82,7 @@ class ContextWriter:
             CapacityError, OSError: the disk does not take it.
         """
         output = self._opened()
-        self._take_name(name)
+        self._names.take(name)
         if not tensor.dim():
             raise LayoutError(f"expected {name} of one dimension or more, got a scalar")
         form = ArrayForm(tuple(tensor.shape), tensor.dtype, max(1, len(tensor)))
@@ -96,9 +98,7 @@ class ContextWriter:
             CapacityError, OSError: the disk does not take them.
         """
         output = self._opened()
-        file = _expect_name(f"{TABLES}/{name}.arrow")
-        if file in output.entries or "/" in name:
-            raise LayoutError(f"expected names of tables of one part, once each, got {name!r}")
+        file = _new_table_file(name, output)
         output.write(file, memoryview(to_arrow(columns, file)))
 
     def pages(
@@ -122,7 +122,8 @@ class ContextWriter:
             OSError: the disk does not take them.
         """
         output = self._opened()
-        self._take_name(name)
+        self._names.take(name)
+        _new_table_file(checksum_table(name), output)
         page_bytes = math.prod(stored_shape) * dtype.itemsize
         if page_bytes <= 0:
             raise LayoutError(f"expected pages of {name} that hold bytes, got {stored_shape}")
@@ -141,7 +142,7 @@ class ContextWriter:
             whole = torch.cat([crcs[first:last], padding.expand(rows - (last - first))])
             crc32 = crc32_joined(whole, page_bytes)
             output.write_pages(form.file_name(name, index), data, form.file_bytes, crc32)
-        self.table(name.replace("/", "_"), {"crc32": crcs})
+        self.table(checksum_table(name), {CHECKSUMS: crcs})
 
     def commit(self, description: dict[str, Any]) -> Manifest:
         """Put the context into its place, all of it on disk, and return its manifest.
@@ -153,7 +154,7 @@ class ContextWriter:
             CapacityError, OSError: the disk does not take it.
         """
         output = self._opened()
-        for name in self._groups():
+        for name in self._names.groups:
             output.write(f"{name}/{METADATA}".lstrip("/"), memoryview(group_bytes()))
         manifest = Manifest(description, dict(output.entries))
         data = manifest.to_bytes()
@@ -173,26 +174,6 @@ class ContextWriter:
             )
         return self._output
 
-    def _take_name(self, name: str) -> None:
-        """Of an array, which nothing else may have and which is inside no other array."""
-        parts = _expect_name(name).split("/")
-        prefixes = {"/".join(parts[:i]) for i in range(1, len(parts))}
-        is_taken = name in self._arrays or name in self._groups()
-        if is_taken or prefixes & self._arrays or parts[0] == TABLES or METADATA in parts:
-            raise LayoutError(
-                f"expected names of arrays once each, none inside another or in {TABLES!r}, got "
-                f"{name!r}"
-            )
-        self._arrays.add(name)
-
-    def _groups(self) -> set[str]:
-        """Names of the folders that arrays are in; "" is the context."""
-        parents = {""}
-        for name in self._arrays:
-            parts = name.split("/")
-            parents.update("/".join(parts[:i]) for i in range(1, len(parts)))
-        return parents
-
 
 def _expect_replaceable(path: Path) -> None:
     """The path is free, or names a saved context."""
@@ -211,14 +192,11 @@ def _expect_replaceable(path: Path) -> None:
         )
 
 
-def _expect_name(name: str) -> str:
-    try:
-        return check_name(name, "the context")
-    except ContextFormatError:
-        raise LayoutError(
-            "expected a name in letters, digits, '_', '-' and '.', with '/' between parts, got "
-            f"{name!r}"
-        ) from None
+def _new_table_file(name: str, output: Output) -> str:
+    file = expect_name(table_file(name))
+    if file in output.entries or "/" in name:
+        raise LayoutError(f"expected names of tables of one part, once each, got {name!r}")
+    return file
 
 
 def _expect_pages(pages: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:

@@ -67,6 +67,7 @@ def _resolve(
     rank,
     counts,
     arena_ids,
+    host_slots,
     table,
     owner,
     age,
@@ -89,6 +90,7 @@ def _resolve(
     MARK: tl.constexpr,
     ATTENDS: tl.constexpr,
     IS_AHEAD: tl.constexpr,
+    HAS_TIERS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     now = tl.load(counters + 1)
@@ -98,6 +100,14 @@ def _resolve(
     is_hit, is_miss = slot >= 0, (page >= 0) & (slot < 0)
     tl.store(age + row * S + slot, now, mask=is_hit)
     num_hits, num_missing = tl.sum(is_hit.to(tl.int32), 0), tl.sum(is_miss.to(tl.int32), 0)
+    num_late = 0
+    if HAS_TIERS:
+        # what is on the disk only is not to be had now
+        id = tl.load(arena_ids + row * N + page, mask=is_miss, other=0)
+        is_miss = is_miss & (tl.load(host_slots + id, mask=is_miss, other=-1) >= 0)
+        num_late = num_missing
+        num_missing = tl.sum(is_miss.to(tl.int32), 0)
+        num_late -= num_missing
     if ATTENDS:
         brought = tl.load(ahead + row * S + slot, mask=is_hit, other=-1)
         # what was fetched ahead for this step was not found
@@ -116,6 +126,8 @@ def _resolve(
             is_taken = _best(bits, is_miss, taken, PROBES)
         turn = tl.cumsum(is_taken.to(tl.int32), 0) - 1
         arena = tl.load(arena_ids + row * N + page, mask=is_taken, other=0)
+        if HAS_TIERS:
+            arena = tl.load(host_slots + arena, mask=is_taken, other=0)
         tl.store(wanted + row * X + turn, arena, mask=is_taken)
         tl.debug_barrier()
         # others wrote these
@@ -141,7 +153,7 @@ def _resolve(
     if ATTENDS:
         tl.store(totals, tl.load(totals) + num_hits - num_new)
         tl.store(totals + 1, tl.load(totals + 1) + taken + num_new)
-        tl.store(totals + 2, tl.load(totals + 2) + num_missing - taken)
+        tl.store(totals + 2, tl.load(totals + 2) + num_missing - taken + num_late)
         tl.store(totals + 3, tl.load(totals + 3) + num_tokens)
         tl.store(totals + 4, tl.load(totals + 4) - num_new)
     else:
@@ -171,6 +183,7 @@ def resolve(
         "MARK": ATTENDED,
         "ATTENDS": purpose == CHOSEN,
         "IS_AHEAD": purpose == AHEAD,
+        "HAS_TIERS": pages.host_slots is not None,
         # beside other kernels there is room for few
         "num_warps": min(16 if purpose == CHOSEN else 8, max(4, power_of_two(M) // 256)),
     }
@@ -178,6 +191,7 @@ def resolve(
         _resolve,
         (shape.rows,),
         *(counters, scratch.chosen, scratch.rank, pages.summary.counts, pages.arena_ids),
+        pages.arena_ids if pages.host_slots is None else pages.host_slots,
         *(pool.table, pool.owner, pool.age, pool.ahead, pool.order),
         *(scratch.slots, scratch.tokens, scratch.status),
         *(scratch.victims, scratch.wanted, scratch.num_misses, totals.paging),

@@ -313,7 +313,8 @@ class TieredArena:
             new = self._arrivals.without(missing)
             if len(new):
                 self._make_free(len(new))
-                self._arrivals.begin(new, at_once=end is None)
+                is_next = end is None and not self._arrivals
+                (self._arrivals.read if is_next else self._arrivals.begin)(new)
             self._arrivals.finish(end)
         finally:
             self._slots.is_held[found] = was_held

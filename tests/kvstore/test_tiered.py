@@ -323,3 +323,19 @@ def test_the_pages_of_a_saved_context_are_read_and_never_written(tmp_path: Path)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     for descriptor in descriptors:
         descriptor.close()
+
+
+def test_orders_of_several_layers_take_no_more_memory_than_there_is() -> None:
+    layout = LAYOUTS["tiny"]
+    with TemporaryDirectory() as folder:
+        arena = make_arena(folder, layout, host=16, disk=64)
+        ids = add(arena, random_pages(layout, 16, seed=0))
+        arena.release(ids[:8])
+        # the free pages are promised to the first; what the others want goes to the disk
+        for _ in range(3):
+            arena.order(12)
+        for seed in range(3):
+            add(arena, random_pages(layout, 12, seed=seed))
+        arena.cancel_orders()
+        assert arena.num_pages == 8 + 36
+        arena.check_integrity()

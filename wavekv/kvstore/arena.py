@@ -96,6 +96,12 @@ class HostArena:
         return self._num_ordered
 
     @property
+    def num_orderable(self) -> int:
+        """Pages that the budget lets be ordered beside those that were."""
+        chunks = self._num_ordered + self.budget.free // self.chunk_nbytes
+        return max(0, len(self.ids.free) + chunks * self.pages_per_chunk - self._promised)
+
+    @property
     def max_chunks(self) -> int:
         """Chunks that the budget allows."""
         return self._num_mapped + self.budget.limit // self.chunk_nbytes + 1

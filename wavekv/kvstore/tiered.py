@@ -112,11 +112,11 @@ class TieredArena:
             CapacityError: as `reserve`; nothing is ordered then.
         """
         self.reserve(num_pages)
-        self.host.order(min(num_pages, self._host_room))
+        self.host.order(min(num_pages, self.host.num_orderable))
 
     def order_ahead(self, num_pages: int) -> None:
         """As `HostArena.order_ahead`."""
-        if num_pages <= self._host_room:
+        if num_pages <= self.host.num_orderable:
             self.host.order_ahead(num_pages)
 
     def cancel_orders(self) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from wavekv.config import LAYOUT_FIELDS, OffloadConfig
 from wavekv.errors import ConfigError, ContextFormatError, LayoutError
 from wavekv.kvstore import KVLayout, SavedPages
+from wavekv.kvstore.layout import CODEC_BITS
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.fingerprint import check_model, check_tokenizer
 from wavekv.model_adapters.layer import OffloadedLayer
@@ -41,7 +42,7 @@ def load_cache(
             check_model(_mapping(description, "model"), model, place)
             check_tokenizer(description.get("tokenizer"), tokenizer, place)
             config = _with_layout(config, _mapping(description, "settings"))
-            layouts = [_layout(arena) for arena in _list(description, "arenas")]
+            layouts = _layouts(_list(description, "arenas"))
         if verify:
             _expect_sound(reader)
         small = [name for name in reader.arrays if not name.startswith("pages/")]
@@ -50,19 +51,18 @@ def load_cache(
         cache = OffloadedCache(model.config, config)
         cache.model = ref(model)
         cache.runtime = OffloadRuntime(config, saved)
-        layers = _list(description, "layers")
-        if len(layers) != len(cache.layers):
-            raise ContextFormatError(
-                f"expected {place}/manifest.json with {len(cache.layers)} layers, got {len(layers)}"
-            )
         with torch.inference_mode(False), torch.no_grad():
-            for number, (layer, kept) in enumerate(zip(cache.layers, layers, strict=True)):
+            with _said_of(place, "manifest.json"):
+                pairs = _pairs(cache.layers, _list(description, "layers"))
+            for number, (layer, kept) in enumerate(pairs):
                 with _said_of(place, f"layer {number}"):
                     _load_layer(reader, cache, layer, kept, number, model.device)
-            if description.get("has_padding"):
-                padding = cache.offloaded_layers[0].padding
-                assert padding is not None
-                padding.valid = reader.array("padding").to(model.device)
+                    if isinstance(layer, OffloadedLayer):
+                        _expect_arena(layer, kept, layouts, saved)
+            with _said_of(place, "manifest.json"):
+                _expect_size(cache, description)
+                if _flag(description, "has_padding"):
+                    _load_padding(cache, reader.array("padding"), model.device)
     return cache
 
 
@@ -86,6 +86,47 @@ def _load_layer(
     )
     layer.runtime = cache.runtime
     layer.take_over(restore_layer(cache.runtime, stored, device))
+
+
+def _expect_arena(
+    layer: OffloadedLayer,
+    kept: Mapping[str, Any],
+    layouts: list[KVLayout],
+    saved: Mapping[KVLayout, SavedPages],
+) -> None:
+    """Its pages are those of the arena that the context names, and none is what pads a file."""
+    assert layer.context is not None
+    paged, number = layer.context.paged, kept.get("arena")
+    layout = paged.arena.layout
+    if type(number) is not int or layouts[number : number + 1] != [layout]:
+        raise LayoutError(f"arena must be the number of one with {layout}, got {number!r}")
+    ids, num_pages = paged.page_ids.view, len(saved[layout].crc32)
+    if ids.numel() and int(ids.max()) >= num_pages:
+        raise LayoutError(f"row must be one of {num_pages} pages, got {int(ids.max())}")
+
+
+def _expect_size(cache: OffloadedCache, description: Mapping[str, Any]) -> None:
+    """All layers hold as many tokens of as many sequences as the context says."""
+    said = tuple(description.get(name) for name in ("num_sequences", "num_tokens"))
+    for layer in cache.offloaded_layers:
+        assert layer.context is not None
+        found = layer.context.shape[0], layer.context.num_tokens
+        if found != said:
+            raise LayoutError(
+                f"(num_sequences, num_tokens) must be {found} by its layers, got {said}"
+            )
+
+
+def _load_padding(cache: OffloadedCache, valid: Tensor, device: torch.device) -> None:
+    padding = cache.offloaded_layers[0].padding
+    assert padding is not None
+    is_known = valid.dim() == 2 and valid.dtype == torch.bool
+    if not is_known or len(valid) != cache.batch_size or valid.shape[1] > cache.get_seq_length():
+        raise LayoutError(
+            f"padding must be bools of {cache.batch_size} sequences and at most "
+            f"{cache.get_seq_length()} tokens, got {tuple(valid.shape)} {valid.dtype}"
+        )
+    padding.valid = valid.to(device)
 
 
 def _arrays(reader: ContextReader, prefix: str) -> dict[str, Tensor]:
@@ -115,10 +156,20 @@ def _with_layout(config: OffloadConfig, saved: Mapping[str, Any]) -> OffloadConf
     return config.override(**layout)
 
 
+def _layouts(arenas: list[Any]) -> list[KVLayout]:
+    layouts = [_layout(arena) for arena in arenas]
+    if len(set(layouts)) != len(layouts):
+        raise LayoutError(f"arenas must each have another layout, got {layouts}")
+    return layouts
+
+
 def _layout(arena: Mapping[str, Any]) -> KVLayout:
-    return KVLayout(
-        arena["page_size"], arena["head_dim"], _DTYPES[arena["dtype"]], arena["host_dtype"]
-    )
+    sizes = arena["page_size"], arena["head_dim"]
+    if any(type(size) is not int or size < 1 for size in sizes):
+        raise LayoutError(f"page_size and head_dim must be sizes, got {sizes}")
+    if arena["host_dtype"] not in ("model", *CODEC_BITS):
+        raise LayoutError(f"host_dtype must be one of {list(CODEC_BITS)}, got {arena!r}")
+    return KVLayout(*sizes, _DTYPES[arena["dtype"]], arena["host_dtype"])
 
 
 def _expect_sound(reader: ContextReader) -> None:
@@ -140,6 +191,19 @@ def _list(holder: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(part, list):
         raise LayoutError(f"{name} must be a list, got {part!r}")
     return part
+
+
+def _flag(holder: Mapping[str, Any], name: str) -> bool:
+    flag = holder.get(name)
+    if not isinstance(flag, bool):
+        raise LayoutError(f"{name} must be true or false, got {flag!r}")
+    return flag
+
+
+def _pairs(layers: list[Any], kept: list[Any]) -> list[tuple[Any, Any]]:
+    if len(layers) != len(kept):
+        raise LayoutError(f"layers must be {len(layers)}, got {len(kept)}")
+    return list(zip(layers, kept, strict=True))
 
 
 @contextmanager

@@ -46,18 +46,33 @@ def restore_other(
     """Make a fresh layer of the same class what was stored.
 
     Raises:
-        LayoutError: it is of another class, or has no such attribute.
+        LayoutError: it is of another class, or has other attributes.
     """
     kind = values.get("class")
     if kind != type(layer).__name__:
         raise LayoutError(f"class must be {type(layer).__name__}, got {kind!r}")
-    known = set(vars(layer)) | _MADE_LATER
-    for name, value in values.items():
-        if name == "class":
-            continue
-        if name not in known:
-            raise LayoutError(f"attributes must be of {sorted(known)}, got {name!r}")
-        setattr(layer, name, _restored(value, tensors, device))
+    fresh, names = vars(layer), set(values) - {"class"}
+    if not set(fresh) <= names <= set(fresh) | _MADE_LATER:
+        raise LayoutError(f"attributes must be {sorted(fresh)}, got {sorted(names)}")
+    parts = {name: _restored(values[name], tensors, device) for name in names}
+    for name, value in fresh.items():
+        _expect_alike(name, value, parts[name])
+    lacking = sorted(name for name in _MADE_LATER if parts.get(name) is None)
+    if parts.get("is_initialized") and lacking:
+        raise LayoutError(f"an initialized layer must have {sorted(_MADE_LATER)}, lacks {lacking}")
+    fresh.update(parts)
+
+
+def _expect_alike(name: str, fresh: Any, found: Any) -> None:
+    """Of the type that a fresh layer has there; None becomes anything with the first tokens."""
+    if fresh is not None and type(found) is not type(fresh):
+        raise LayoutError(f"{name} must be of type {type(fresh).__name__}, got {found!r}")
+    if not isinstance(fresh, dict):
+        return
+    if found.keys() != fresh.keys():
+        raise LayoutError(f"{name} must have the keys {list(fresh)}, got {list(found)}")
+    for key, value in fresh.items():
+        _expect_alike(f"{name}.{key}", value, found[key])
 
 
 def _stored_dict(
@@ -94,13 +109,20 @@ def _restored(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -
             raise LayoutError(f"dtype must be one of torch, got {value['dtype']!r}")
         return dtype
     if "dict" in value:
-        return {key: _restored(part, tensors, device) for key, part in value["dict"]}
+        pairs = value["dict"]
+        if not isinstance(pairs, list) or any(len(pair) != 2 for pair in pairs):
+            raise LayoutError(f"dict must be pairs of a key and a value, got {pairs!r}")
+        return {key: _restored(part, tensors, device) for key, part in pairs}
     tensor = tensors.get(str(value.get("tensor")))
     if tensor is None:
         raise LayoutError(f"tensors must be among {sorted(tensors)}, got {value!r}")
     # not the mapped memory: these layers are small, and change all of it
     tensor = tensor.to(device, copy=True)
-    return tensor.reshape(()) if value.get("is_scalar") else tensor
+    if not value.get("is_scalar"):
+        return tensor
+    if tensor.numel() != 1:
+        raise LayoutError(f"a scalar must be one number, got {tuple(tensor.shape)}")
+    return tensor.reshape(())
 
 
 def _unsaved(layer: Any, name: str, value: Any) -> CacheError:

@@ -15,6 +15,7 @@ from wavekv.growing import GrowingTensor
 from wavekv.kernels.page_index import PageIndex, pages_of_parts
 from wavekv.offload.context import LayerContext
 from wavekv.offload.runtime import OffloadRuntime
+from wavekv.offload.steady import SteadyZone
 
 _STEADY = ("keys", "values", "valid")
 _FLAGS = ("has_gaps", "is_ragged")
@@ -69,39 +70,49 @@ def restore_layer(
     B, H, D, N = (
         _count(numbers, name) for name in ("sequences", "kv_heads", "head_dim", "num_pages")
     )
-    dtype = stored.arrays["keys"].dtype
-    like = torch.empty(B, H, 0, D, dtype=dtype, device=device)
+    keys = stored.arrays["keys"]
+    sinks, held = stored.arrays["sink_positions"].shape[-1], stored.arrays["valid"].shape[-1]
+    # before anything is made in these sizes
+    _expect(stored.arrays, "keys", (B, H, max(sinks, held), D), keys.dtype)
+    like = torch.empty(B, H, 0, D, dtype=keys.dtype, device=device)
     context = LayerContext(runtime, like, like)
-    steady = context.steady
-    sinks, local = _steady_sizes(stored)
-    shapes = {
-        "keys": (B, H, sinks + local, D),
-        "values": (B, H, sinks + local, D),
-        "valid": (B, sinks + local),
-    }
+    _restore_steady(context.steady, stored, (B, H, sinks, held, D))
+    _restore_pages(context, stored, (B, H, N))
+    return context
+
+
+def _restore_steady(
+    steady: SteadyZone, stored: StoredLayer, size: tuple[int, int, int, int, int]
+) -> None:
+    B, H, sinks, held, D = size
+    device = steady.keys.view.device
+    shapes = {"keys": (B, H, held, D), "values": (B, H, held, D), "valid": (B, held)}
     for name, dim in zip(_STEADY, (2, 2, 1), strict=True):
         part = _expect(stored.arrays, name, shapes[name], getattr(steady, name).view.dtype)
         setattr(steady, name, GrowingTensor.holding(part.to(device), dim=dim))
     positions = _expect(stored.arrays, "sink_positions", (B, sinks), torch.int64)
+    steady.start = _count(stored.numbers, "start")
+    # a sequence with long padding may have sinks that are still among the local tokens
+    _expect_positions("sink_positions", positions, steady.start + held - sinks)
     steady.sink_positions = positions.to(device)
-    steady.start = _count(numbers, "start")
     for name in _FLAGS:
-        setattr(steady, name, bool(numbers.get(name)))
-    _restore_pages(context, stored, (B, H, N))
-    return context
+        setattr(steady, name, _flag(stored.numbers, name))
+    if not steady.is_ragged and not bool(steady.valid.view.all()):
+        raise LayoutError("valid must be true everywhere where is_ragged is false, got false")
 
 
 def _restore_pages(context: LayerContext, stored: StoredLayer, size: tuple[int, int, int]) -> None:
     paged, device = context.paged, context.steady.keys.view.device
     (B, H, N), (_, _, D) = size, context.shape
     K, P = paged.index.block_pages, paged.arena.layout.page_size
-    paged.segments = _segments(stored.numbers, N, K)
+    paged.segments = _segments(stored.numbers, N, K, P)
     counts = _expect(stored.pages, "counts", (B * H * N,), torch.uint8)
-    if N and int(counts.max()) > P:
+    if counts.numel() and int(counts.max()) > P:
         raise LayoutError(f"counts must be at most page_size={P}, got {int(counts.max())}")
     spans = -(-N // paged.scatter.span_pages)
     scatter = _expect(stored.arrays, "scatter", (B, H, spans, 2, D, D), torch.bfloat16)
     token_ids = _expect(stored.pages, "token_ids", (B * H * N, P), torch.int32)
+    _expect_positions("token_ids", token_ids, context.steady.start)
     parts = []
     for name, empty, every in _index_parts(paged.index.view, K):
         rows = stored.pages if every == 1 else stored.blocks
@@ -109,7 +120,7 @@ def _restore_pages(context: LayerContext, stored: StoredLayer, size: tuple[int, 
         part = _expect(rows, name, shape, empty.dtype).view(B, H, N // every, *empty.shape[3:])
         parts.append(GrowingTensor.holding(part.to(device), dim=2))
     ids = _expect(stored.pages, "row", (B * H * N,), torch.int64).view(size)
-    if N and not 0 <= int(ids.min()) <= int(ids.max()) < paged.arena.num_pages:
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < paged.arena.num_pages:
         raise LayoutError(
             f"row must be one of {paged.arena.num_pages} pages, got {int(ids.min())} to "
             f"{int(ids.max())}"
@@ -129,26 +140,46 @@ def _index_parts(index: PageIndex, block_pages: int) -> list[tuple[str, Tensor, 
     return list(zip(index._fields, index, every, strict=True))
 
 
-def _steady_sizes(stored: StoredLayer) -> tuple[int, int]:
-    """(A, L)."""
-    sinks = stored.arrays["sink_positions"].shape[-1]
-    return sinks, stored.arrays["valid"].shape[-1] - sinks
-
-
-def _segments(numbers: Mapping[str, Any], num_pages: int, block: int) -> list[tuple[int, int]]:
+def _segments(
+    numbers: Mapping[str, Any], num_pages: int, block: int, page_size: int
+) -> list[tuple[int, int]]:
     """(end position, end page) of each, ascending, in whole blocks, up to the last page."""
-    try:
-        segments = [(int(end), int(page)) for end, page in numbers["segments"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise LayoutError(f"segments must be pairs of numbers ({error!r})") from error
+    found, start = numbers.get("segments"), numbers.get("start")
+    is_list = isinstance(found, list) and all(_is_segment(x, block, page_size) for x in found)
+    segments = [(end, page) for end, page in found] if is_list and found else []
     ends = [(0, 0), *segments]
-    is_rising = all(a < c and b < d and d % block == 0 for (a, b), (c, d) in pairwise(ends))
-    if not is_rising or ends[-1][1] != num_pages or ends[-1][0] != numbers.get("start"):
+    is_rising = all(earlier < later for (_, earlier), (_, later) in pairwise(ends))
+    if not is_list or not is_rising or ends[-1] != (start, num_pages):
+        last = found[-3:] if isinstance(found, list) else found
         raise LayoutError(
-            f"segments must rise to num_pages={num_pages} and start={numbers.get('start')!r} in "
-            f"whole blocks of {block} pages, got {segments[-3:]}"
+            f"segments must rise to start={start!r} and num_pages={num_pages} in whole blocks of "
+            f"{block} pages of {page_size} tokens, got {last!r}"
         )
     return segments
+
+
+def _is_segment(found: Any, block: int, page_size: int) -> bool:
+    """Whether it is [end position, end page], whole blocks from the start on."""
+    if not isinstance(found, list) or [type(x) for x in found] != [int, int]:
+        return False
+    end, page = found
+    return bool(page % block == 0 and end == page * page_size)
+
+
+def _expect_positions(name: str, positions: Tensor, end: int) -> None:
+    """Those of tokens before `end`, or -1 for none."""
+    if not positions.numel():
+        return
+    least, most = (int(x) for x in positions.aminmax())
+    if least < -1 or most >= end:
+        raise LayoutError(f"{name} must be -1 or below {end}, got {least} to {most}")
+
+
+def _flag(numbers: Mapping[str, Any], name: str) -> bool:
+    flag = numbers.get(name)
+    if not isinstance(flag, bool):
+        raise LayoutError(f"{name} must be true or false, got {flag!r}")
+    return flag
 
 
 def _count(numbers: Mapping[str, Any], name: str) -> int:

@@ -40,7 +40,8 @@ def host_copy(tensor: Tensor) -> Tensor:
 
 def bytes_of(tensor: Tensor) -> Tensor:
     """The memory of a contiguous CPU tensor as [nbytes] uint8."""
-    return tensor.reshape(-1).view(torch.uint8)
+    # contiguous tensors of one number or none may have any stride, which a view would not take
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

@@ -117,6 +117,11 @@ class HostArena:
         """Bytes of the pages in use."""
         return self.num_pages * self.layout.page_bytes
 
+    @property
+    def num_ready(self) -> int:
+        """Chunks that were ordered, and are made."""
+        return self._ahead.num_ready
+
     def reserve(self, num_pages: int) -> None:
         """Make room for `num_pages` more.
 

@@ -85,7 +85,12 @@ class HostSlots:
         self.is_held[slots] = self.is_open[slots] = False
 
     def fill(self, pages: Rows, slots: Rows) -> None:
-        """Copies of pages [n] that are in a file are in slots [n] that were taken."""
+        """Copies of pages [n] that are in a file are in slots [n] that were taken. A page that has
+        another slot by now keeps that."""
+        is_new = self.of[pages] < 0
+        if not is_new.all():
+            self.clear(slots[~is_new])
+            pages, slots = pages[is_new], slots[is_new]
         self._join(pages, slots)
         self.is_held[slots] = False
         self._is_copy[slots] = True

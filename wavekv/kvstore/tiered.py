@@ -32,6 +32,7 @@ from wavekv.kvstore.host_slots import HostSlots, SlotChanges
 from wavekv.kvstore.layout import KVLayout
 from wavekv.kvstore.page_file import Rows
 from wavekv.kvstore.page_ids import PageIds
+from wavekv.kvstore.read_ahead import ReadAhead
 from wavekv.kvstore.write_behind import WriteBehind
 
 
@@ -61,6 +62,7 @@ class TieredArena:
         self.ids = PageIds()
         self._slots = HostSlots(self.host)
         self._arrivals = Arrivals(self.disk, self._slots)
+        self._ahead = ReadAhead(self.disk, self._slots)
         self._writes = WriteBehind(self.disk, self._slots)
         self._building: deque[tuple[Tensor, Future[Any]]] = deque()
         if self.disk.num_base:
@@ -71,6 +73,7 @@ class TieredArena:
         if hasattr(self, "_arrivals"):
             # the memory that is read into goes with this
             self._arrivals.close()
+            self._ahead.close()
 
     @property
     def num_pages(self) -> int:
@@ -175,6 +178,16 @@ class TieredArena:
             slots = np.where(is_page, self._slots.of[wanted], -1)
         return Brought(torch.from_numpy(slots).view(ids.shape), len(missing))
 
+    def read_ahead(self) -> None:
+        """Bring some more of the pages of the saved context that nobody asked for, beside what
+        follows: called again and again it brings all of them, if memory has room for all pages.
+
+        Raises:
+            ContextFormatError: a page is not what was written.
+        """
+        if self.ids.num_used <= self._host_pages:
+            self._ahead.go_on()
+
     def watch(self) -> SlotChanges:
         """Ids of pages whose place in memory changes from now on, while the result is kept."""
         return self._slots.watch()
@@ -238,6 +251,7 @@ class TieredArena:
         """Raise RuntimeError unless ids, slots and places agree."""
         self._collect()
         self._arrivals.finish()
+        self._ahead.finish()
         for part in self.ids, self.host, self.disk, self._slots:
             part.check_integrity()
         in_use, on_host = self.ids.references > 0, self._slots.of >= 0
@@ -291,8 +305,9 @@ class TieredArena:
 
     def _wait_for_some(self, count: int) -> bool:
         """Wait until more pages could be given up; False if no more ever can."""
-        if self._arrivals:
+        if self._arrivals or self._ahead:
             self._arrivals.finish()
+            self._ahead.finish()
         elif self.disk.is_writing or self._writes.begin(count):
             self._writes.finish(wait=True)
         elif self._building:

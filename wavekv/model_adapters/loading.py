@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from wavekv.offload.runtime import OffloadRuntime
 from wavekv.offload.stored import StoredLayer, restore_layer
 from wavekv.saved.reader import ContextReader
 
+_LAYERS_AHEAD = 8
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -45,16 +47,15 @@ def load_cache(
             layouts = _layouts(_list(description, "arenas"))
         if verify:
             _expect_sound(reader)
-        small = [name for name in reader.arrays if not name.startswith("pages/")]
-        reader.check([*small, *reader.tables])
         saved = {layout: _pages(reader, i, layout) for i, layout in enumerate(layouts)}
         cache = OffloadedCache(model.config, config)
         cache.model = ref(model)
         cache.runtime = OffloadRuntime(config, saved)
-        with torch.inference_mode(False), torch.no_grad():
-            with _said_of(place, "manifest.json"):
-                pairs = _pairs(cache.layers, _list(description, "layers"))
+        with _said_of(place, "manifest.json"):
+            pairs = _pairs(cache.layers, _list(description, "layers"))
+        with torch.inference_mode(False), torch.no_grad(), _checking(reader, len(pairs)) as checks:
             for number, (layer, kept) in enumerate(pairs):
+                checks[number].result()
                 with _said_of(place, f"layer {number}"):
                     _load_layer(reader, cache, layer, kept, number, model.device)
                     if isinstance(layer, OffloadedLayer):
@@ -64,6 +65,26 @@ def load_cache(
                 if _flag(description, "has_padding"):
                     _load_padding(cache, reader.array("padding"), model.device)
     return cache
+
+
+@contextmanager
+def _checking(reader: ContextReader, num_layers: int) -> Iterator[list[Future[None]]]:
+    """Files of layers are read and compared with their checksums, some layers ahead of the one that
+    is loaded: while the disk reads, others are copied to the device."""
+    names: dict[str, list[str]] = {}
+    for name in reader.arrays:
+        folder, _, rest = name.partition("/")
+        if folder in ("layers", "others"):
+            names.setdefault(rest.partition("/")[0], []).append(name)
+    for name in reader.tables:
+        kind, _, rest = name.partition("_")
+        if kind == "layer":
+            names.setdefault(rest.partition("_")[0], []).append(name)
+    with ThreadPoolExecutor(_LAYERS_AHEAD, "wavekv-load") as pool:
+        try:
+            yield [pool.submit(reader.check, names.get(str(n), [])) for n in range(num_layers)]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _load_layer(

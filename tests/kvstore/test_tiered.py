@@ -377,3 +377,45 @@ def _read_all_ahead(arena: TieredArena) -> None:
     for _ in range(1000):
         arena.read_ahead()
         time.sleep(0.001)
+
+
+def test_a_deadline_is_kept_however_much_is_asked_for(tmp_path: Path) -> None:
+    layout = LAYOUTS["whole blocks of the disk"]
+    arena = make_arena(str(tmp_path), layout, host=600, disk=6000, chunk=40)
+    pages = random_pages(layout, 4000, 0)
+    ids = torch.cat([add(arena, part) for part in pages.split(200)])
+    slow = arena.disk.read
+
+    def read(*arguments: object) -> None:
+        time.sleep(0.02)
+        slow(*arguments)
+
+    arena.disk.read = read
+    worst = 0.0
+    for part in ids.split(300):
+        began = time.monotonic()
+        brought = arena.bring(part, deadline=0.001)
+        worst = max(worst, time.monotonic() - began)
+        there = brought.slots >= 0
+        assert torch.equal(arena.host.gather(brought.slots[there]), pages[part[there]])
+    # one part is read in a twentieth of a second, and all of them in more than one
+    assert worst < 0.5
+    arena.check_integrity()
+    part = ids[:300]
+    assert torch.equal(arena.host.gather(arena.bring(part).slots), pages[part])
+
+
+def test_what_arrives_while_room_is_made_is_there_in_the_end(tmp_path: Path) -> None:
+    """Pages on their way may give way to others that are wanted with them."""
+    layout = LAYOUTS["tiny"]
+    arena = make_arena(str(tmp_path), layout, host=64, disk=1000)
+    pages = random_pages(layout, 400, 0)
+    ids = torch.cat([add(arena, part) for part in pages.split(20)])
+    random = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        arena.bring(ids[torch.randperm(400, generator=random)[:40]], deadline=0.0)
+        wanted = ids[torch.randperm(400, generator=random)[:40]]
+        slots = arena.bring(wanted).slots
+        assert (slots >= 0).all()
+        assert torch.equal(arena.host.gather(slots), pages[wanted])
+    arena.check_integrity()

@@ -56,6 +56,26 @@ class HostSlots:
             setattr(self, name, np.pad(getattr(self, name), (0, more)))
         self._clock.grow(self.host.capacity)
 
+    @property
+    def num_room(self) -> int:
+        """Pages that fit memory beside those that are there."""
+        host = self.host
+        return len(host.ids.free) + host.budget.free // host.chunk_nbytes * host.pages_per_chunk
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that fit memory."""
+        return self.host.ids.num_used + self.host.num_ordered_pages + self.num_room
+
+    def grow_memory(self, num_pages: int) -> None:
+        """Have so many more free slots, of new memory, or as many as the budget has."""
+        host = self.host
+        num_chunks = host.budget.free // host.chunk_nbytes
+        most = num_chunks * host.pages_per_chunk + host.num_ordered_pages
+        wanted = -(-num_pages // host.pages_per_chunk) * host.pages_per_chunk
+        host.reserve(len(host.ids.free) + min(wanted, most))
+        self.grow(len(self.of))
+
     def watch(self) -> SlotChanges:
         """What changes from now on, as long as the result is kept."""
         changes = SlotChanges()

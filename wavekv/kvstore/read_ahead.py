@@ -59,9 +59,8 @@ class ReadAhead:
         if len(host.ids.free) >= count:
             return True
         if host.pin and not host.num_ready:
-            if not host.num_ordered:
+            if not host.num_ordered_pages:
                 host.order_ahead(host.pages_per_chunk)
             return False
-        host.reserve(count)
-        self._slots.grow(len(self._slots.of))
-        return True
+        self._slots.grow_memory(count - len(host.ids.free))
+        return len(host.ids.free) >= count

@@ -47,7 +47,8 @@ class HostSlots:
 
     def grow(self, num_ids: int) -> None:
         """Have so many ids, and the slots that the memory has; new ones without each other."""
-        self.of = np.pad(self.of, (0, num_ids - len(self.of)), constant_values=-1)
+        if num_ids > len(self.of):
+            self.of = np.pad(self.of, (0, num_ids - len(self.of)), constant_values=-1)
         more = self.host.capacity - len(self.owner)
         if not more:
             return
@@ -72,6 +73,8 @@ class HostSlots:
         host = self.host
         num_chunks = host.budget.free // host.chunk_nbytes
         most = num_chunks * host.pages_per_chunk + host.num_ordered_pages
+        if not most:
+            return
         wanted = -(-num_pages // host.pages_per_chunk) * host.pages_per_chunk
         host.reserve(len(host.ids.free) + min(wanted, most))
         self.grow(len(self.of))

@@ -1,5 +1,4 @@
-"""Whether the parts of a cache that was loaded agree with each other and with what the saved context
-says of it."""
+"""Whether the parts of a loaded cache agree with each other and with what is said of it."""
 
 from __future__ import annotations
 

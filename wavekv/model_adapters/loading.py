@@ -16,8 +16,8 @@ from wavekv.config import LAYOUT_FIELDS, OffloadConfig
 from wavekv.errors import ConfigError, ContextFormatError, LayoutError
 from wavekv.kvstore import KVLayout, SavedPages
 from wavekv.kvstore.layout import CODEC_BITS
-from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.agreement import expect_arena, expect_padding, expect_size
+from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.fingerprint import check_model, check_tokenizer
 from wavekv.model_adapters.layer import OffloadedLayer
 from wavekv.model_adapters.other_layers import restore_other

@@ -192,10 +192,9 @@ def places(part: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where each value is in a description: the keys and numbers that lead there."""
     if where:
         yield where
-    inner = part.items() if isinstance(part, dict) else enumerate(part)
     if isinstance(part, (dict, list)):
-        for key, value in inner:
-            yield from places(value, (*where, key))
+        for key in part if isinstance(part, dict) else range(len(part)):
+            yield from places(part[key], (*where, key))
 
 
 def checked_bytes(cache: OffloadedCache) -> int:

@@ -50,7 +50,9 @@ def check_model(saved: Mapping[str, Any], model: PreTrainedModel, path: str) -> 
     """Raise ContextMismatchError, which names the first field that differs, unless a context with
     this fingerprint is of `model`."""
     own = model_fingerprint(model)
-    for name, expected in own.items():
+    # what says most first
+    for name in (*_FIELDS, "dtype", "weights"):
+        expected = own[name]
         if saved.get(name) != expected:
             advice = "load it with the model that made it, or prefill again"
             if name == "weights":

@@ -17,6 +17,7 @@ from wavekv.config import LAYOUT_FIELDS, OffloadConfig
 from wavekv.errors import ConfigError, ContextFormatError, LayoutError
 from wavekv.kvstore import KVLayout, SavedPages
 from wavekv.kvstore.layout import CODEC_BITS
+from wavekv.model_adapters.agreement import expect_arena, expect_padding, expect_size
 from wavekv.model_adapters.cache import OffloadedCache
 from wavekv.model_adapters.fingerprint import check_model, check_tokenizer
 from wavekv.model_adapters.layer import OffloadedLayer
@@ -44,10 +45,11 @@ def load_cache(
             check_model(_mapping(description, "model"), model, place)
             check_tokenizer(description.get("tokenizer"), tokenizer, place)
             config = _with_layout(config, _mapping(description, "settings"))
-            layouts = _layouts(_list(description, "arenas"))
+            arenas = _list(description, "arenas")
+            layouts = _layouts(arenas)
         if verify:
             _expect_sound(reader)
-        saved = {layout: _pages(reader, i, layout) for i, layout in enumerate(layouts)}
+        saved = {layouts[i]: _pages(reader, i, layouts[i], kept) for i, kept in enumerate(arenas)}
         cache = OffloadedCache(model.config, config)
         cache.model = ref(model)
         cache.runtime = OffloadRuntime(config, saved)
@@ -64,11 +66,10 @@ def load_cache(
                     parts = read[number].result()
                     _load_layer(cache, layer, kept, parts, device)
                     if isinstance(layer, OffloadedLayer):
-                        _expect_arena(layer, kept, layouts, saved)
+                        expect_arena(layer, kept, layouts, saved)
             with _said_of(place, "manifest.json"):
-                _expect_size(cache, description)
-                if _flag(description, "has_padding"):
-                    _load_padding(cache, reader.array("padding"), model.device)
+                expect_size(cache, description)
+                _load_padding(reader, cache, description, model.device)
     return cache
 
 
@@ -121,49 +122,32 @@ def _load_layer(
     layer.take_over(restore_layer(cache.runtime, stored, device))
 
 
-def _expect_arena(
-    layer: OffloadedLayer,
-    kept: Mapping[str, Any],
-    layouts: list[KVLayout],
-    saved: Mapping[KVLayout, SavedPages],
+def _load_padding(
+    reader: ContextReader,
+    cache: OffloadedCache,
+    description: Mapping[str, Any],
+    device: torch.device,
 ) -> None:
-    """Its pages are those of the arena that the context names, and none is what pads a file."""
-    assert layer.context is not None
-    paged, number = layer.context.paged, kept.get("arena")
-    layout = paged.arena.layout
-    if type(number) is not int or layouts[number : number + 1] != [layout]:
-        raise LayoutError(f"arena must be the number of one with {layout}, got {number!r}")
-    ids, num_pages = paged.page_ids.view, len(saved[layout].crc32)
-    if ids.numel() and int(ids.max()) >= num_pages:
-        raise LayoutError(f"row must be one of {num_pages} pages, got {int(ids.max())}")
+    has_padding = description.get("has_padding")
+    if has_padding is not ("padding" in reader.arrays):
+        raise LayoutError(f"has_padding must say if there is an array padding, got {has_padding!r}")
+    if has_padding:
+        valid = reader.array("padding")
+        expect_padding(cache, valid)
+        padding = cache.offloaded_layers[0].padding
+        assert padding is not None
+        padding.valid = valid.to(device)
 
 
-def _expect_size(cache: OffloadedCache, description: Mapping[str, Any]) -> None:
-    """All layers hold as many tokens of as many sequences as the context says."""
-    said = tuple(description.get(name) for name in ("num_sequences", "num_tokens"))
-    for layer in cache.offloaded_layers:
-        assert layer.context is not None
-        found = layer.context.shape[0], layer.context.num_tokens
-        if found != said:
-            raise LayoutError(
-                f"(num_sequences, num_tokens) must be {found} by its layers, got {said}"
-            )
-
-
-def _load_padding(cache: OffloadedCache, valid: Tensor, device: torch.device) -> None:
-    padding = cache.offloaded_layers[0].padding
-    assert padding is not None
-    is_known = valid.dim() == 2 and valid.dtype == torch.bool
-    if not is_known or len(valid) != cache.batch_size or valid.shape[1] > cache.get_seq_length():
-        raise LayoutError(
-            f"padding must be bools of {cache.batch_size} sequences and at most "
-            f"{cache.get_seq_length()} tokens, got {tuple(valid.shape)} {valid.dtype}"
-        )
-    padding.valid = valid.to(device)
-
-
-def _pages(reader: ContextReader, number: int, layout: KVLayout) -> SavedPages:
+def _pages(
+    reader: ContextReader, number: int, layout: KVLayout, kept: Mapping[str, Any]
+) -> SavedPages:
     pages = reader.pages(f"pages/{number}")
+    if kept.get("num_pages") != pages.num_pages:
+        raise ContextFormatError(
+            f"expected {reader.path}/manifest.json with num_pages={pages.num_pages} of arena "
+            f"{number}, got {kept.get('num_pages')!r}; it was not written by save()"
+        )
     if (pages.stored_shape, pages.dtype) != (layout.stored_shape, layout.stored_dtype):
         raise ContextFormatError(
             f"expected pages/{number} of {reader.path} as {layout.stored_shape} "
@@ -219,13 +203,6 @@ def _list(holder: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(part, list):
         raise LayoutError(f"{name} must be a list, got {part!r}")
     return part
-
-
-def _flag(holder: Mapping[str, Any], name: str) -> bool:
-    flag = holder.get(name)
-    if not isinstance(flag, bool):
-        raise LayoutError(f"{name} must be true or false, got {flag!r}")
-    return flag
 
 
 def _pairs(layers: list[Any], kept: list[Any]) -> list[tuple[Any, Any]]:

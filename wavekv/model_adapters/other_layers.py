@@ -12,8 +12,10 @@ from torch import Tensor
 from wavekv.errors import CacheError, LayoutError
 
 _PLAIN = bool, int, float, str, type(None)
-_MADE_LATER = {"keys", "values", "dtype", "device"}
+_MADE_LATER = {"keys": Tensor, "values": Tensor, "dtype": torch.dtype, "device": torch.device}
 """What a layer has once it holds tokens."""
+_CONSTANT = "sliding_window", "number_of_states"
+"""What is of the model, not of its tokens."""
 
 
 def store_other(layer: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -52,21 +54,34 @@ def restore_other(
     if kind != type(layer).__name__:
         raise LayoutError(f"class must be {type(layer).__name__}, got {kind!r}")
     fresh, names = vars(layer), set(values) - {"class"}
-    if not set(fresh) <= names <= set(fresh) | _MADE_LATER:
+    if not set(fresh) <= names <= set(fresh) | _MADE_LATER.keys():
         raise LayoutError(f"attributes must be {sorted(fresh)}, got {sorted(names)}")
     parts = {name: _restored(values[name], tensors, device) for name in names}
     for name, value in fresh.items():
         _expect_alike(name, value, parts[name])
-    lacking = sorted(name for name in _MADE_LATER if parts.get(name) is None)
-    if parts.get("is_initialized") and lacking:
-        raise LayoutError(f"an initialized layer must have {sorted(_MADE_LATER)}, lacks {lacking}")
+    _expect_tokens(parts)
     fresh.update(parts)
+
+
+def _expect_tokens(parts: Mapping[str, Any]) -> None:
+    """What a layer has once it holds tokens is there, if it says that it does."""
+    for name, kind in _MADE_LATER.items():
+        value = parts.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise LayoutError(f"{name} must be a {kind.__name__}, got {value!r}")
+    lacking = sorted(name for name in _MADE_LATER if parts.get(name) is None)
+    if "is_initialized" in parts and parts["is_initialized"] != (not lacking):
+        raise LayoutError(f"is_initialized must be {not lacking} of a layer that lacks {lacking}")
 
 
 def _expect_alike(name: str, fresh: Any, found: Any) -> None:
     """Of the type that a fresh layer has there; None becomes anything with the first tokens."""
     if fresh is not None and type(found) is not type(fresh):
         raise LayoutError(f"{name} must be of type {type(fresh).__name__}, got {found!r}")
+    if name in _CONSTANT and found != fresh:
+        raise LayoutError(f"{name} must be {fresh!r}, got {found!r}")
+    if isinstance(fresh, Tensor) and (fresh.dim(), fresh.dtype) != (found.dim(), found.dtype):
+        raise LayoutError(f"{name} must be like {fresh!r}, got {found!r}")
     if not isinstance(fresh, dict):
         return
     if found.keys() != fresh.keys():
@@ -118,7 +133,10 @@ def _restored(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -
         raise LayoutError(f"tensors must be among {sorted(tensors)}, got {value!r}")
     # not the mapped memory: these layers are small, and change all of it
     tensor = tensor.to(device, copy=True)
-    if not value.get("is_scalar"):
+    is_scalar = value.get("is_scalar")
+    if not isinstance(is_scalar, bool):
+        raise LayoutError(f"is_scalar must be true or false, got {is_scalar!r}")
+    if not is_scalar:
         return tensor
     if tensor.numel() != 1:
         raise LayoutError(f"a scalar must be one number, got {tuple(tensor.shape)}")

@@ -76,6 +76,8 @@ def restore_layer(
     sinks, held = stored.arrays["sink_positions"].shape[-1], stored.arrays["valid"].shape[-1]
     # before anything is made in these sizes
     _expect(stored.arrays, "keys", (B, H, max(sinks, held), D), keys.dtype)
+    if numbers.get("dtype") != str(keys.dtype).removeprefix("torch."):
+        raise LayoutError(f"dtype must be that of keys, {keys.dtype}, got {numbers.get('dtype')!r}")
     like = torch.empty(B, H, 0, D, dtype=keys.dtype, device=device)
     context = LayerContext(runtime, like, like)
     _restore_steady(context.steady, stored, (B, H, sinks, held, D))
@@ -99,8 +101,24 @@ def _restore_steady(
     steady.sink_positions = positions.to(device)
     for name in _FLAGS:
         setattr(steady, name, _flag(stored.numbers, name))
-    if not steady.is_ragged and not bool(steady.valid.view.all()):
-        raise LayoutError("valid must be true everywhere where is_ragged is false, got false")
+    _expect_flags(steady)
+
+
+def _expect_flags(steady: SteadyZone) -> None:
+    """Slots without a token are there only if the flags say so."""
+    empty, start, slots = ~steady.valid.view, steady.start, steady.num_sink_slots
+    if not steady.has_gaps:
+        # but for those that sinks left behind; the last column is for sinks that left none
+        left = torch.zeros(len(empty), empty.shape[1] + 1, dtype=torch.bool, device=empty.device)
+        positions = steady.sink_positions
+        at = torch.where(positions >= start, positions - start + slots, empty.shape[1])
+        unexplained = empty & ~left.scatter_(1, at, True)[:, :-1]
+        if bool(unexplained.any()):
+            raise LayoutError("has_gaps must be true where valid has gaps, got false")
+    if not steady.is_ragged and bool(empty.any()):
+        raise LayoutError("is_ragged must be true where valid is not, got false")
+    if steady.has_gaps and not steady.is_ragged:
+        raise LayoutError("is_ragged must be true where has_gaps is, got false")
 
 
 def _restore_pages(context: LayerContext, stored: StoredLayer, size: tuple[int, int, int]) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-import zarr
+
+zarr = pytest.importorskip("zarr")
 
 WRITE = """
 import sys

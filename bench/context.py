@@ -87,14 +87,16 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    record: dict[str, Any] = {"machine": machine_record()}
+    # parts that are measured at other times stay
+    record: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    record["machine"] = machine_record()
     with TemporaryDirectory(dir=args.folder, prefix="wavekv-bench-") as name:
         folder = Path(name)
-        record["filesystem"] = filesystem_of(folder)
+        place = {"machine": record["machine"], "filesystem": filesystem_of(folder)}
         for part in args.parts:
             began = time.time()
             rows: list[dict[str, Any]] = []
-            record[part] = {"load_average": os.getloadavg()[0], "rows": rows}
+            record[part] = {**place, "load_average": os.getloadavg()[0], "rows": rows}
             for row in PARTS[part](args, folder):
                 rows.append(row)
                 # what was measured is kept, however the others end

@@ -20,7 +20,6 @@ from wavekv.model_adapters.prefill_plan import plan_prefill
 
 BUNDLED = "bundled"
 SHAPE_NAMES = (BUNDLED, *SHAPES)
-_WARM_UP_CHUNKS = 2
 
 
 @dataclass
@@ -48,7 +47,7 @@ class Prompt:
         """A cache of the prompt, the token [1, 1] that follows it, and the seconds it took."""
         if not self.prefill_seconds:
             chunk = plan_prefill(self.model, wrapped.new_cache(), 1, self.ids.shape[1]).chunk
-            wrapped.prefill(self.ids[:, : _WARM_UP_CHUNKS * chunk], wrapped.new_cache())
+            wrapped.prefill(self.ids[:, :chunk], wrapped.new_cache())
             release_memory()
         cache = wrapped.new_cache()
         began = time.perf_counter()

@@ -66,7 +66,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
         "ms a token": _of("ms_per_token", ".2f"),
         "same answers": lambda row: f"{row['same_answers']} of {row['answers']}",
         "found in memory": _of("host_hit_rate", ".1%"),
-        "read from disk, MiB": _mib("disk_nbytes_read"),
+        "read from disk, MiB": _mib("bytes_from_disk"),
     },
     "steps": {
         "pages": _of("name"),

@@ -19,6 +19,7 @@ from wavekv.model_adapters.bundled import load_demo_tokenizer
 MOST_TOKENS = 1 << 15
 """What the bundled model was trained for."""
 HOST_SHARE = 0.25
+_OF_DISK = "bytes_disk", "bytes_to_disk", "bytes_from_disk"
 
 
 class Tally:
@@ -47,7 +48,7 @@ def tiers_rows(args: Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     tokenizer = load_demo_tokenizer()
     with prompt.wrapped() as wrapped:
         all_in_memory = _tally(prompt, wrapped)
-        nbytes = int(all_in_memory.cache.stats()["bytes_host"])
+        nbytes = int(all_in_memory.cache.stats()["bytes_pages"])
         budget = int(HOST_SHARE * nbytes)
         wrapped.offload_config = wrapped.offload_config.override(
             cpu_budget=budget, disk=str(folder)
@@ -63,6 +64,7 @@ def tiers_rows(args: Namespace, folder: Path) -> Iterator[dict[str, Any]]:
         for name, tally in both.items():
             same = sum(a == b for a, b in zip(tally.answers.tokens, expected, strict=True))
             assert same == len(facts), f"{name}: {same} of {len(facts)} answers as in memory"
+            statistics = tally.cache.stats()
             yield {
                 "name": name,
                 "tokens": tokens,
@@ -75,20 +77,10 @@ def tiers_rows(args: Namespace, folder: Path) -> Iterator[dict[str, Any]]:
                 "right_answers": tally.answers.num_right([fact.value for fact in facts]),
                 "host_hit_rate": 1 - tally.missing / max(1, tally.wanted),
                 "pages_wanted": tally.wanted,
-                **_disk(tally.cache),
+                **{name: statistics[name] for name in _OF_DISK},
             }
 
 
 def _tally(prompt: Prompt, wrapped: OffloadedKV) -> Tally:
     cache, _, seconds = prompt.prefill(wrapped)
     return Tally(cache, seconds)
-
-
-def _disk(cache: OffloadedCache) -> dict[str, int]:
-    """What the disk tiers of a cache hold and did."""
-    tiers = [arena.disk for arena in cache.runtime.arenas.values() if hasattr(arena, "disk")]
-    return {
-        "disk_nbytes": sum(tier.nbytes for tier in tiers),
-        "disk_nbytes_read": sum(tier.bytes_read for tier in tiers),
-        "disk_nbytes_written": sum(tier.bytes_written for tier in tiers),
-    }

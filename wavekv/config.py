@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -65,7 +66,7 @@ class OffloadConfig:
     quarter of that where `device_budget` does not hold such chunks."""
     cpu_budget: float | int | str = 0.8
     """Host memory for pages: bytes, "8GiB", or a float share of what is available."""
-    disk: str | None = None
+    disk: str | os.PathLike[str] | None = None
     """A folder for pages over `cpu_budget`: host memory is then a cache of a file in it, which goes
     with the process."""
     disk_budget: float | int | str = 0.8
@@ -130,8 +131,10 @@ class OffloadConfig:
         parse_size("cpu_budget", self.cpu_budget)
         parse_size("device_budget", self.device_budget)
         parse_size("disk_budget", self.disk_budget)
+        if isinstance(self.disk, os.PathLike):
+            object.__setattr__(self, "disk", os.fspath(self.disk))
         if self.disk is not None and not isinstance(self.disk, str):
-            raise ConfigError(f"disk must be the name of a folder or None, got {self.disk!r}")
+            raise ConfigError(f"disk must be the path of a folder or None, got {self.disk!r}")
         _check_choice("prefetch", self.prefetch, ("none", "runners-up", "early"))
         if self.max_misses is not None:
             _check_count("max_misses", self.max_misses, least=1)

@@ -45,9 +45,8 @@ def outcome(case: Case) -> dict[str, Tensor]:
     return {name: part.cpu().clone() for name, part in found.items()}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("misses", [3, 14])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("misses", "seed"), [(3, 0), (14, 1)])
 def test_pages_on_the_disk_are_left_out(share: float, misses: int, seed: int) -> None:
     kernels, device = implementation("triton")
     ours, twin = (

@@ -251,7 +251,7 @@ def test_pages_are_read_when_they_are_wanted(tmp_path: Path) -> None:
     loaded = OffloadedCache.load(tmp_path / "saved", model)
     assert checked_bytes(loaded) == 0
     step_logits(model, loaded, mask, count=1)
-    of_pages = cache.stats()["bytes_host"]
+    of_pages = cache.stats()["bytes_pages"]
     assert 0 < checked_bytes(loaded) < of_pages // 10
     step_logits(model, loaded.fork(mode="exact"), longer(mask, 1), count=1)
     assert checked_bytes(loaded) == of_pages

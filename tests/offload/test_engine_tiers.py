@@ -10,10 +10,11 @@ import torch
 from engine_cases import Steps, eager_step, engine_step, started
 from torch import Tensor
 
-from wavekv.errors import ContextFormatError
+from wavekv.config import OffloadConfig
+from wavekv.errors import ConfigError, ContextFormatError
 from wavekv.kernels import step_reference
 from wavekv.kvstore import TieredArena
-from wavekv.offload import LayerContext
+from wavekv.offload import LayerContext, OffloadRuntime
 from wavekv.offload.engine import DecodeEngine
 
 PAGE = 2 * 4 * 8 * 4
@@ -107,3 +108,8 @@ def test_a_damaged_page_ends_the_step_with_its_name(tmp_path: Path) -> None:
     arena.disk._crc32 ^= 1
     engine.give_back()
     eager_step(contexts, steps.token())
+
+
+def test_a_disk_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected disk to be a folder, got .*missing"):
+        OffloadRuntime(OffloadConfig(disk=tmp_path / "missing"))

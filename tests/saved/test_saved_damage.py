@@ -156,6 +156,14 @@ def test_foreign_things_are_named(context: Path) -> None:
     assert any("a symbolic link link" in problem for problem in problems)
 
 
+def test_a_manifest_that_became_a_link_is_named(context: Path) -> None:
+    with ContextReader.open(context) as reader:
+        (context / NAME).rename(context.parent / NAME)
+        (context / NAME).symlink_to(context.parent / NAME)
+        (problem,) = reader.verify()
+    assert problem.endswith("got a symbolic link manifest.json")
+
+
 def test_files_that_took_each_others_place_are_named(context: Path) -> None:
     first, second = context / "pages/0/c/0/0", context / "pages/0/c/1/0"
     data = first.read_bytes()
@@ -211,6 +219,19 @@ def test_a_shape_of_very_many_files_is_refused_at_once(context: Path) -> None:
         pytest.raises(ContextFormatError, match=r"expected \d+ files of"),
     ):
         reader.pages("pages/0")
+
+
+def test_a_shape_of_larger_files_is_refused(context: Path) -> None:
+    name = "types/float32/zarr.json"
+    body = json.loads((context / name).read_bytes())
+    body["shape"] = body["chunk_grid"]["configuration"]["chunk_shape"] = [3, 6]
+    (context / name).write_text(json.dumps(body))
+    sign(context, name)
+    with (
+        ContextReader.open(context) as reader,
+        pytest.raises(ContextFormatError, match=r"float32/c/0/0 of bytes=72 .* got 60"),
+    ):
+        reader.array("types/float32")
 
 
 def test_booleans_are_0_and_1(context: Path) -> None:
@@ -280,6 +301,16 @@ def test_tables_of_another_form_are_refused(context: Path, data: bytes) -> None:
         with pytest.raises(ContextFormatError, match=r"numbers\.arrow"):
             reader.table("numbers")
         assert any(name in problem for problem in reader.verify())
+
+
+def test_compression_is_told(context: Path) -> None:
+    (context / "tables/numbers.arrow").write_bytes(ARROW_FILES["compressed"])
+    sign(context, "tables/numbers.arrow")
+    with (
+        ContextReader.open(context) as reader,
+        pytest.raises(ContextFormatError, match="got compressed or unaligned numbers in column c"),
+    ):
+        reader.table("numbers")
 
 
 def test_what_is_no_context_is_refused(tmp_path: Path) -> None:

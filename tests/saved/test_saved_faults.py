@@ -162,12 +162,15 @@ def test_no_folder_to_save_to(tmp_path: Path) -> None:
         Content().save(tmp_path / "nothing" / "context")
 
 
+@pytest.mark.parametrize("is_there", [False, True])
 def test_all_is_on_disk_before_the_manifest_and_the_manifest_before_its_place(
-    tmp_path: Path, monkeypatch
+    tmp_path: Path, monkeypatch, is_there: bool
 ) -> None:
     """By the order of calls: every file and folder is synced, the manifest is created after, and
     the folder of the context is synced last of all."""
     calls: list[tuple[str, str]] = []
+    if is_there:
+        example().save(tmp_path / "context")
     opened, synced = os.open, os.fsync
 
     def log_open(path, flags: int, *arguments, **options) -> int:

@@ -12,7 +12,8 @@ import pytest
 from saved_cases import Content, example, expect_same, left_beside, read_all
 
 from wavekv.errors import ContextFormatError
-from wavekv.saved import replace
+from wavekv.saved import opening, replace
+from wavekv.saved.folder import Folder
 from wavekv.saved.lock import locked
 from wavekv.saved.reader import ContextReader
 from wavekv.saved.replace import old_path, recover, swap, temporary_path
@@ -140,6 +141,7 @@ def test_a_crash_between_renames_is_recovered(
         with suppress(Crash):
             swap(new, path)
     opens(path)
+    assert path.exists()
     expect_same(read_all(path), example(int(renames >= 2)))
     open_as_writer(path)
     assert left_beside(path) == []
@@ -155,6 +157,23 @@ def test_a_reader_leaves_recovery_to_a_writer(tmp_path: Path) -> None:
     expect_same(read_all(path), example())
 
 
+def test_a_context_that_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch) -> None:
+    """Between its directory and its manifest."""
+    path, opened = tmp_path / "context", []
+    example(0).save(path)
+
+    class Late(Folder):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            opened.append(path)
+            if len(opened) == 1:
+                example(1).save(path)
+
+    monkeypatch.setattr(opening, "Folder", Late)
+    expect_same(read_all(path), example(1))
+    assert len(opened) == 2
+
+
 def test_recover_leaves_a_path_that_is_there(tmp_path: Path) -> None:
     directory(tmp_path / "path", "new")
     directory(old_path(tmp_path / "path"), "old")
@@ -163,19 +182,21 @@ def test_recover_leaves_a_path_that_is_there(tmp_path: Path) -> None:
 
 
 def test_only_left_overs_of_this_path_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "con.text"
     others = [
-        temporary_path(tmp_path / "context.b"),
+        temporary_path(tmp_path / "conXtext"),
+        temporary_path(tmp_path / "con.text.b"),
         temporary_path(tmp_path / "b"),
-        tmp_path / ".context.mine.tmp",
-        tmp_path / ".context.old.b",
+        tmp_path / ".con.text.mine.tmp",
+        tmp_path / ".con.text.old.b",
     ]
     for other in others:
         other.mkdir()
-    Content().save(tmp_path / "context")
-    directory(temporary_path(tmp_path / "context"), "left")
-    directory(old_path(tmp_path / "context"), "left")
-    Content().save(tmp_path / "context")
-    assert left_beside(tmp_path / "context") == sorted(other.name for other in others)
+    Content().save(path)
+    directory(temporary_path(path), "left")
+    directory(old_path(path), "left")
+    Content().save(path)
+    assert left_beside(path) == sorted(other.name for other in others)
 
 
 FOREIGN = {

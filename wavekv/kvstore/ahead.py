@@ -31,6 +31,12 @@ class ChunksAhead:
         with self._changed:
             return len(self._ready) + self._num_open
 
+    @property
+    def num_ready(self) -> int:
+        """Chunks that are made and not taken yet."""
+        with self._changed:
+            return len(self._ready)
+
     def order(self, count: int) -> None:
         """Have `count` more chunks made."""
         with self._changed:

@@ -91,9 +91,9 @@ class HostArena:
         return self.pages_per_chunk * self.layout.page_bytes
 
     @property
-    def num_ordered(self) -> int:
-        """Chunks that were ordered and not taken yet."""
-        return self._num_ordered
+    def num_ordered_pages(self) -> int:
+        """Pages of chunks that were ordered and not taken yet."""
+        return self._num_ordered * self.pages_per_chunk
 
     @property
     def num_orderable(self) -> int:
@@ -116,6 +116,11 @@ class HostArena:
     def nbytes(self) -> int:
         """Bytes of the pages in use."""
         return self.num_pages * self.layout.page_bytes
+
+    @property
+    def num_ready(self) -> int:
+        """Chunks that were ordered, and are made."""
+        return self._ahead.num_ready
 
     def reserve(self, num_pages: int) -> None:
         """Make room for `num_pages` more.

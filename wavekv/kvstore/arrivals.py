@@ -14,7 +14,7 @@ from wavekv.kvstore.host_slots import HostSlots
 from wavekv.kvstore.page_file import Rows
 
 _PART = 256
-"""Pages that are read together where there is a deadline."""
+"""Pages that are read together."""
 
 
 class Arrivals:
@@ -35,11 +35,25 @@ class Arrivals:
             return pages
         return pages[~np.isin(pages, np.concatenate([part for part, _, _ in self._parts]))]
 
-    def begin(self, pages: Rows, *, at_once: bool) -> None:
-        """Read pages [n] into free slots, of which there are as many."""
-        size = len(pages) if at_once else _PART
-        for start in range(0, len(pages), size):
-            part = pages[start : start + size]
+    def read(self, pages: Rows) -> None:
+        """Read pages [n] into free slots, of which there are as many, on the caller's thread: for a
+        small batch, another one takes longer to wake than the disk takes to answer.
+
+        Raises:
+            ContextFormatError, OSError: a page could not be read, and none of them is there.
+        """
+        slots = self._slots.take(len(pages))
+        try:
+            self._disk.read(pages, self._slots.host.chunks, slots)
+        except BaseException:
+            self._slots.clear(slots)
+            raise
+        self._slots.fill(pages, slots)
+
+    def begin(self, pages: Rows) -> None:
+        """Read pages [n] into free slots, of which there are as many, a part after another."""
+        for start in range(0, len(pages), _PART):
+            part = pages[start : start + _PART]
             slots = self._slots.take(len(part))
             chunks = list(self._slots.host.chunks)
             read = self._reader.submit(partial(self._disk.read, part, chunks, slots))

@@ -56,6 +56,26 @@ class HostSlots:
             setattr(self, name, np.pad(getattr(self, name), (0, more)))
         self._clock.grow(self.host.capacity)
 
+    @property
+    def num_room(self) -> int:
+        """Pages that fit memory beside those that are there."""
+        host = self.host
+        return len(host.ids.free) + host.budget.free // host.chunk_nbytes * host.pages_per_chunk
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that fit memory."""
+        return self.host.ids.num_used + self.host.num_ordered_pages + self.num_room
+
+    def grow_memory(self, num_pages: int) -> None:
+        """Have so many more free slots, of new memory, or as many as the budget has."""
+        host = self.host
+        num_chunks = host.budget.free // host.chunk_nbytes
+        most = num_chunks * host.pages_per_chunk + host.num_ordered_pages
+        wanted = -(-num_pages // host.pages_per_chunk) * host.pages_per_chunk
+        host.reserve(len(host.ids.free) + min(wanted, most))
+        self.grow(len(self.of))
+
     def watch(self) -> SlotChanges:
         """What changes from now on, as long as the result is kept."""
         changes = SlotChanges()
@@ -85,7 +105,12 @@ class HostSlots:
         self.is_held[slots] = self.is_open[slots] = False
 
     def fill(self, pages: Rows, slots: Rows) -> None:
-        """Copies of pages [n] that are in a file are in slots [n] that were taken."""
+        """Copies of pages [n] that are in a file are in slots [n] that were taken. A page that has
+        another slot by now keeps that."""
+        is_new = self.of[pages] < 0
+        if not is_new.all():
+            self.clear(slots[~is_new])
+            pages, slots = pages[is_new], slots[is_new]
         self._join(pages, slots)
         self.is_held[slots] = False
         self._is_copy[slots] = True

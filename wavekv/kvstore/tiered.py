@@ -14,7 +14,6 @@ The pages of a saved context, if there is one, are the first ids, and have a ref
 from __future__ import annotations
 
 import time
-from collections import deque
 from concurrent.futures import Future
 from typing import Any
 
@@ -32,7 +31,12 @@ from wavekv.kvstore.host_slots import HostSlots, SlotChanges
 from wavekv.kvstore.layout import KVLayout
 from wavekv.kvstore.page_file import Rows
 from wavekv.kvstore.page_ids import PageIds
+from wavekv.kvstore.read_ahead import ReadAhead
 from wavekv.kvstore.write_behind import WriteBehind
+
+_MOST_PARTS = 8
+"""Parts of reads that are on their way at once where nobody waits for them: more would only keep
+memory from others."""
 
 
 class TieredArena:
@@ -61,8 +65,8 @@ class TieredArena:
         self.ids = PageIds()
         self._slots = HostSlots(self.host)
         self._arrivals = Arrivals(self.disk, self._slots)
+        self._ahead = ReadAhead(self.disk, self._slots)
         self._writes = WriteBehind(self.disk, self._slots)
-        self._building: deque[tuple[Tensor, Future[Any]]] = deque()
         if self.disk.num_base:
             self._grow_ids(self.disk.num_base)
             self.ids.allocate(self.disk.num_base)
@@ -71,6 +75,7 @@ class TieredArena:
         if hasattr(self, "_arrivals"):
             # the memory that is read into goes with this
             self._arrivals.close()
+            self._ahead.close()
 
     @property
     def num_pages(self) -> int:
@@ -97,7 +102,7 @@ class TieredArena:
         """
         self._collect()
         own = self.num_own + num_pages
-        on_host = self._host_pages
+        on_host = self._slots.most_pages
         if own <= (on_host // 2 if self.disk.num_base else on_host):
             return
         if not self.disk.is_writable:
@@ -141,13 +146,12 @@ class TieredArena:
     def seal(self, ids: Tensor, after: Future[Any] | None = None) -> None:
         """Say that pages are complete, now or once a future is done (unless it fails): they may be
         written behind and given up."""
-        if after is not None:
-            self._building.append((ids, after))
-            self._seal_built()
-            return
         pages = ids.flatten().numpy().copy()
-        self._slots.seal(pages)
-        self._writes.add(pages)
+        if after is None:
+            self._writes.add(pages)
+        else:
+            self._writes.add_after(pages, after)
+        self._writes.note_built()
         self._keep_up()
 
     def bring(self, ids: Tensor, deadline: float | None = None) -> Brought:
@@ -163,17 +167,28 @@ class TieredArena:
         """
         self._collect()
         wanted = ids.flatten().numpy()
-        is_page = wanted >= 0
-        slots = np.where(is_page, self._slots.of[wanted], -1)
-        found = slots[slots >= 0]
-        self._slots.use(found)
-        missing = wanted[is_page & (slots < 0)]
-        if len(missing):
-            _, first = np.unique(missing, return_index=True)
-            missing = missing[np.sort(first)]
-            self._bring_missing(missing, found, deadline)
+        is_page, num_read, is_tried = wanted >= 0, 0, False
+        while True:
             slots = np.where(is_page, self._slots.of[wanted], -1)
-        return Brought(torch.from_numpy(slots).view(ids.shape), len(missing))
+            missing = wanted[is_page & (slots < 0)]
+            if not len(missing) or (is_tried and deadline is not None):
+                break
+            # again where what arrived on the way gave way to what is read here
+            _, first = np.unique(missing, return_index=True)
+            num_read, is_tried = max(num_read, len(first)), True
+            self._bring_missing(missing[np.sort(first)], slots[slots >= 0], deadline)
+        self._slots.use(slots[slots >= 0])
+        return Brought(torch.from_numpy(slots).view(ids.shape), num_read)
+
+    def read_ahead(self) -> None:
+        """Bring some more of the pages of the saved context that nobody asked for, beside what
+        follows: called again and again it brings all of them, if memory has room for all pages.
+
+        Raises:
+            ContextFormatError: a page is not what was written.
+        """
+        if self.ids.num_used <= self._slots.most_pages:
+            self._ahead.go_on()
 
     def watch(self) -> SlotChanges:
         """Ids of pages whose place in memory changes from now on, while the result is kept."""
@@ -238,6 +253,7 @@ class TieredArena:
         """Raise RuntimeError unless ids, slots and places agree."""
         self._collect()
         self._arrivals.finish()
+        self._ahead.finish()
         for part in self.ids, self.host, self.disk, self._slots:
             part.check_integrity()
         in_use, on_host = self.ids.references > 0, self._slots.of >= 0
@@ -249,23 +265,11 @@ class TieredArena:
                 f"arena integrity: {lost} pages in neither tier, {kept} free pages in one"
             )
 
-    @property
-    def _host_room(self) -> int:
-        """Pages that fit memory beside those that are there."""
-        host, budget = self.host, self.host.budget
-        return len(host.ids.free) + budget.free // host.chunk_nbytes * host.pages_per_chunk
-
-    @property
-    def _host_pages(self) -> int:
-        """Pages that fit memory."""
-        ordered = self.host.num_ordered * self.host.pages_per_chunk
-        return self.host.ids.num_used + ordered + self._host_room
-
     def _refuse(self, num_pages: int) -> None:
         mib = self.layout.page_bytes / 2**20
         raise CapacityError(
             f"host pages need {num_pages * mib:.1f} MiB more at once, but cpu_budget has room for "
-            f"{self._host_pages * mib:.1f} MiB of host RAM and others use "
+            f"{self._slots.most_pages * mib:.1f} MiB of host RAM and others use "
             f"{self.host.ids.num_used * mib:.1f} MiB of it; raise cpu_budget, shorten the context, "
             "or set disk= to a folder for pages over it"
         )
@@ -278,54 +282,58 @@ class TieredArena:
     def _make_free(self, num_pages: int) -> None:
         """Have so many free slots: of new memory while the budget has some, then of pages that are
         given up."""
-        host = self.host
-        lacking = num_pages - len(host.ids.free)
-        if lacking > 0:
-            num_chunks = host.budget.free // host.chunk_nbytes + host.num_ordered
-            num_chunks = min(-(-lacking // host.pages_per_chunk), num_chunks)
-            host.reserve(len(host.ids.free) + num_chunks * host.pages_per_chunk)
-            self._slots.grow(self.ids.capacity)
-        while (lacking := num_pages - len(host.ids.free)) > 0:
+        free = self.host.ids.free
+        if num_pages > len(free):
+            self._slots.grow_memory(num_pages - len(free))
+        while (lacking := num_pages - len(self.host.ids.free)) > 0:
             if not (self._slots.give_up(lacking) or self._wait_for_some(lacking)):
                 self._refuse(num_pages)
 
     def _wait_for_some(self, count: int) -> bool:
         """Wait until more pages could be given up; False if no more ever can."""
-        if self._arrivals:
+        if self._arrivals or self._ahead:
             self._arrivals.finish()
+            self._ahead.finish()
         elif self.disk.is_writing or self._writes.begin(count):
             self._writes.finish(wait=True)
-        elif self._building:
-            # pages that are built on another thread
-            self._building[0][1].exception()
-            self._seal_built()
         else:
-            return False
+            # pages that are built on another thread
+            return self._writes.note_built(wait=True)
         return True
 
     def _bring_missing(self, missing: Rows, found: Rows, deadline: float | None) -> None:
         """Read pages that are not in memory, without giving up the slots `found`."""
         self._keep_up()
-        end = None if deadline is None else time.monotonic() + deadline
-        was_held = self._slots.is_held[found].copy()
         self._slots.is_held[found] = True
         try:
             new = self._arrivals.without(missing)
-            if len(new):
-                self._make_free(len(new))
-                self._arrivals.begin(new, at_once=end is None)
-            self._arrivals.finish(end)
+            if deadline is not None:
+                end = time.monotonic() + deadline
+                self._arrivals.begin(new[: self._free_now(len(new))])
+                self._arrivals.finish(end)
+                return
+            self._make_free(len(new))
+            if self._arrivals:
+                self._arrivals.begin(new)
+                self._arrivals.finish()
+            elif len(new):
+                self._arrivals.read(new)
         finally:
-            self._slots.is_held[found] = was_held
+            self._slots.is_held[found] = self._slots.is_open[found]
+
+    def _free_now(self, count: int) -> int:
+        """How many of so many slots are free without waiting, or can be: none while enough pages
+        are on their way."""
+        if len(self._arrivals) >= _MOST_PARTS:
+            return 0
+        free = self.host.ids.free
+        if count > len(free):
+            self._slots.grow_memory(count - len(free))
+            self._slots.give_up(count - len(self.host.ids.free))
+        return min(count, len(self.host.ids.free))
 
     def _keep_up(self) -> None:
-        self._writes.keep_up(self.ids.num_used - self.disk.num_base, self._host_pages)
-
-    def _seal_built(self) -> None:
-        while self._building and self._building[0][1].done():
-            ids, future = self._building.popleft()
-            if future.exception() is None:
-                self.seal(ids)
+        self._writes.keep_up(self.ids.num_used - self.disk.num_base, self._slots.most_pages)
 
     def _forget(self, freed: Rows) -> None:
         """Free the slots and places of pages without references."""
@@ -343,4 +351,4 @@ class TieredArena:
         self._forget(self.ids.collect())
         self._arrivals.finish(end=0.0)
         self._writes.finish()
-        self._seal_built()
+        self._writes.note_built()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,17 +17,35 @@ from wavekv.kvstore.page_file import Rows
 
 
 class WriteBehind:
-    """A queue of complete pages. Those that were freed meanwhile are still in it."""
+    """A queue of complete pages, and pages that are being built before it. Those that were freed
+    meanwhile are still in it."""
 
     def __init__(self, disk: DiskTier, slots: HostSlots) -> None:
         self._disk, self._slots = disk, slots
         self._parts: deque[Rows] = deque()
         self._num_pages = 0
+        self._building: deque[tuple[Rows, Future[Any]]] = deque()
 
     def add(self, pages: Rows) -> None:
         """Pages are complete."""
+        self._slots.seal(pages)
         self._parts.append(pages)
         self._num_pages += len(pages)
+
+    def add_after(self, pages: Rows, built: Future[Any]) -> None:
+        """Pages are complete once a future is done, unless it fails."""
+        self._building.append((pages, built))
+
+    def note_built(self, *, wait: bool = False) -> bool:
+        """Take in pages whose building is over. wait: for the oldest at least. Returns whether some
+        are, or were, being built."""
+        was_building = bool(self._building)
+        while self._building and (wait or self._building[0][1].done()):
+            pages, built = self._building.popleft()
+            if built.exception() is None:
+                self.add(pages)
+            wait = False
+        return was_building
 
     def keep_up(self, num_own: int, host_pages: int) -> None:
         """Begin to write, if pages that only memory holds are many and more are to come. num_own:

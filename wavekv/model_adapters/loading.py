@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -22,9 +23,10 @@ from wavekv.model_adapters.fingerprint import check_model, check_tokenizer
 from wavekv.model_adapters.layer import OffloadedLayer
 from wavekv.model_adapters.other_layers import restore_other
 from wavekv.offload.runtime import OffloadRuntime
-from wavekv.offload.stored import StoredLayer, restore_layer
+from wavekv.offload.stored import STAY_ON_HOST, StoredLayer, restore_layer
 from wavekv.saved.reader import ContextReader
 
+_LAYERS_AHEAD = 8
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -47,18 +49,22 @@ def load_cache(
             layouts = _layouts(arenas)
         if verify:
             _expect_sound(reader)
-        small = [name for name in reader.arrays if not name.startswith("pages/")]
-        reader.check([*small, *reader.tables])
         saved = {layouts[i]: _pages(reader, i, layouts[i], kept) for i, kept in enumerate(arenas)}
         cache = OffloadedCache(model.config, config)
         cache.model = ref(model)
         cache.runtime = OffloadRuntime(config, saved)
-        with torch.inference_mode(False), torch.no_grad():
-            with _said_of(place, "manifest.json"):
-                layers = _pairs(cache.layers, _list(description, "layers"))
+        with _said_of(place, "manifest.json"):
+            layers = _pairs(cache.layers, _list(description, "layers"))
+        device = model.device
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _read(reader, len(layers), device) as read,
+        ):
             for number, (layer, kept) in enumerate(layers):
                 with _said_of(place, f"layer {number}"):
-                    _load_layer(reader, cache, layer, kept, number, model.device)
+                    parts = read[number].result()
+                    _load_layer(cache, layer, kept, parts, device)
                     if isinstance(layer, OffloadedLayer):
                         expect_arena(layer, kept, layouts, saved)
             with _said_of(place, "manifest.json"):
@@ -67,24 +73,51 @@ def load_cache(
     return cache
 
 
+class _LayerParts(NamedTuple):
+    """What files hold of a layer, without its pages."""
+
+    arrays: dict[str, Tensor]
+    pages: dict[str, Tensor]
+    blocks: dict[str, Tensor]
+
+
+@contextmanager
+def _read(
+    reader: ContextReader, num_layers: int, device: torch.device
+) -> Iterator[list[Future[_LayerParts]]]:
+    """Files of layers are read, compared with their checksums and copied to the device by threads,
+    some layers ahead of the one that is put together."""
+    names: dict[str, list[str]] = {}
+    for name in reader.arrays:
+        folder, _, rest = name.partition("/")
+        if folder in ("layers", "others"):
+            names.setdefault(rest.partition("/")[0], []).append(name)
+    tables = set(reader.tables)
+
+    def read(number: int) -> _LayerParts:
+        arrays = names.get(str(number), [])
+        kinds = [f"layer_{number}_{kind}" for kind in ("pages", "blocks")]
+        reader.check([*arrays, *(kind for kind in kinds if kind in tables)])
+        moved = {name.split("/", 2)[2]: reader.array(name).to(device) for name in arrays}
+        pages, blocks = (reader.table(kind) if kind in tables else {} for kind in kinds)
+        for name, part in pages.items():
+            pages[name] = part if name in STAY_ON_HOST else part.to(device)
+        return _LayerParts(moved, pages, {name: part.to(device) for name, part in blocks.items()})
+
+    with ThreadPoolExecutor(_LAYERS_AHEAD, "wavekv-load") as pool:
+        try:
+            yield [pool.submit(read, number) for number in range(num_layers)]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 def _load_layer(
-    reader: ContextReader,
-    cache: OffloadedCache,
-    layer: Any,
-    kept: Any,
-    number: int,
-    device: torch.device,
+    cache: OffloadedCache, layer: Any, kept: Any, parts: _LayerParts, device: torch.device
 ) -> None:
     if not isinstance(layer, OffloadedLayer):
-        tensors = _arrays(reader, f"others/{number}/")
-        restore_other(layer, _mapping(kept, "other"), tensors, device)
+        restore_other(layer, _mapping(kept, "other"), parts.arrays, device)
         return
-    stored = StoredLayer(
-        dict(_mapping(kept, "offloaded")),
-        _arrays(reader, f"layers/{number}/"),
-        reader.table(f"layer_{number}_pages"),
-        reader.table(f"layer_{number}_blocks"),
-    )
+    stored = StoredLayer(dict(_mapping(kept, "offloaded")), *parts)
     layer.runtime = cache.runtime
     layer.take_over(restore_layer(cache.runtime, stored, device))
 
@@ -104,11 +137,6 @@ def _load_padding(
         padding = cache.offloaded_layers[0].padding
         assert padding is not None
         padding.valid = valid.to(device)
-
-
-def _arrays(reader: ContextReader, prefix: str) -> dict[str, Tensor]:
-    names = [name for name in reader.arrays if name.startswith(prefix)]
-    return {name.removeprefix(prefix): reader.array(name) for name in names}
 
 
 def _pages(

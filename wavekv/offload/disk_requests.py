@@ -55,12 +55,12 @@ class DiskRequests:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         wanted = self._wanted[self._wanted >= 0]
-        if not len(wanted):
-            return
-        brought = self._arena.bring(wanted, self._deadline)
-        counters = layer.context.counters
-        counters.host_wanted += len(wanted)
-        counters.host_missing += brought.num_read
+        if len(wanted):
+            brought = self._arena.bring(wanted, self._deadline)
+            counters = layer.context.counters
+            counters.host_wanted += len(wanted)
+            counters.host_missing += brought.num_read
+        self._arena.read_ahead()
         self._chunks.refresh()
         self.table.refresh()
 

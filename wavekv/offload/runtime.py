@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from weakref import ref
 import torch
 
 from wavekv.config import OffloadConfig, parse_size
+from wavekv.errors import ConfigError
 from wavekv.kvstore import (
     HostArena,
     KVLayout,
@@ -57,8 +59,7 @@ class OffloadRuntime:
         CPU the arena is as near."""
         self.buffers = StreamBuffers()
         self.budget = MemoryBudget.of_host(parse_size("cpu_budget", config.cpu_budget))
-        size = parse_size("disk_budget", config.disk_budget)
-        self.disk_budget = MemoryBudget.of_disk(size, config.disk)
+        self.disk_budget = _disk_budget(config)
         self.builder = PageBuilder()
         self._engine: ref[DecodeEngine] | None = None
         self.num_changes = 0
@@ -84,7 +85,8 @@ class OffloadRuntime:
                 return HostArena(layout, self.budget, pin=pin)
             return MappedArena(layout, self.budget, saved)
         # what a device reads itself must be pinned, which mapped files are not
-        tiers = self.budget, self.disk_budget, self.config.disk
+        folder = None if self.config.disk is None else os.fspath(self.config.disk)
+        tiers = self.budget, self.disk_budget, folder
         return TieredArena(layout, *tiers, pin=pin, base=saved)
 
     def check_room(self, num_bytes: int) -> None:
@@ -129,3 +131,11 @@ class OffloadRuntime:
         copy.budget, copy.disk_budget = self.budget, self.disk_budget
         copy.builder, copy.arenas = self.builder, self.arenas
         return copy
+
+
+def _disk_budget(config: OffloadConfig) -> MemoryBudget:
+    """Raises ConfigError if `disk` is no folder."""
+    folder = None if config.disk is None else os.fspath(config.disk)
+    if folder is not None and not os.path.isdir(folder):
+        raise ConfigError(f"expected disk to be a folder, got {folder!r}; make it, or name another")
+    return MemoryBudget.of_disk(parse_size("disk_budget", config.disk_budget), folder)

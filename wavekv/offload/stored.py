@@ -19,6 +19,8 @@ from wavekv.offload.steady import SteadyZone
 
 _STEADY = ("keys", "values", "valid")
 _FLAGS = ("has_gaps", "is_ragged")
+STAY_ON_HOST = ("row", "token_ids", "counts")
+"""Of the columns of pages: those that are looked at there."""
 
 
 class StoredLayer(NamedTuple):

@@ -136,6 +136,7 @@ class Folder:
         buffer = bytearray(min(entry.nbytes, _BLOCK_BYTES))
         # read, not mapped: a page that the disk does not give is an error then, not a signal
         with self.opened(name, entry) as descriptor:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
             while count := os.readv(descriptor, [buffer]) if buffer else 0:
                 found = zlib.crc32(memoryview(buffer)[:count], found)
         if found != entry.crc32:

@@ -42,6 +42,8 @@ class PageArray:
             for name, entry in self.files.items():
                 descriptor = self.folder.open_sized(name, entry)
                 stack.callback(os.close, descriptor)
+                # what lies around a page is of no use
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
                 descriptors.append(descriptor)
             stack.pop_all()
         return descriptors

@@ -69,7 +69,6 @@ def from_arrow(mapped: mmap.mmap, place: str) -> dict[str, Tensor]:
             if reader.num_record_batches != 1:
                 raise ValueError(f"{reader.num_record_batches} record batches where 1 is expected")
             batch = reader.get_batch(0)
-        batch.validate(full=True)
         return {
             field.name: _view(mapped, field, array, f"column {field.name} of {place}")
             for field, array in zip(batch.schema, batch.columns, strict=True)
@@ -108,28 +107,29 @@ def _column(name: str, column: Tensor, place: str) -> tuple[pyarrow.Field, pyarr
 def _view(mapped: mmap.mmap, field: pyarrow.Field, array: pyarrow.Array, where: str) -> Tensor:
     """The column as a view of the mapped file; a ValueError if it is not of the form."""
     metadata = {key.decode(): value.decode() for key, value in (field.metadata or {}).items()}
-    inner: list[int] = []
+    rows, inner = len(array), list[int]()
     if "shape" in metadata:
         inner = json.loads(metadata["shape"])
         if not _is_inner(inner) or not hasattr(field.type, "list_size"):
             raise ValueError(f"shape={metadata['shape']!r} in {where}")
         if field.type.list_size != math.prod(inner):
             raise ValueError(f"lists of {field.type.list_size} for shape={inner} in {where}")
-        count = len(_expect_whole(array, where)) * field.type.list_size
-        array = array.values
-        if len(array) != count:
-            raise ValueError(f"{len(array)} numbers in lists of {count} in {where}")
+        array = _expect_whole(array, where).values
     array = _expect_whole(array, where)
     kind = str(array.type)
     dtype = metadata.get("dtype", _ARROW_NAMES.get(kind, kind))
     if dtype not in DTYPES or _STORED_AS.get(dtype, dtype) != _ARROW_NAMES.get(kind, kind):
         raise ValueError(f"type {kind} with dtype={metadata.get('dtype')!r} in {where}")
-    if not len(array):
+    if not rows:
         return torch.empty(0, *inner, dtype=DTYPES[dtype])
-    start = array.buffers()[1].address - torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
-    if not 0 <= start <= len(mapped) - len(array) * DTYPES[dtype].itemsize:
-        raise ValueError(f"compressed numbers in {where}")
-    flat = torch.frombuffer(mapped, dtype=DTYPES[dtype], count=len(array), offset=start)
+    count, size = rows * math.prod(inner), DTYPES[dtype].itemsize
+    base = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+    data = array.buffers()[1]
+    start = -1 if data is None else data.address - base
+    # numbers that are not in the file were unpacked to somewhere else
+    if not 0 <= start <= len(mapped) - count * size or start % size:
+        raise ValueError(f"compressed or unaligned numbers in {where}")
+    flat = torch.frombuffer(mapped, dtype=DTYPES[dtype], count=count, offset=start)
     return expect_bools(flat.view(-1, *inner), where)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from wavekv import OffloadedKV
 
 # its asserts say what they compared, as those in test files do
-pytest.register_assert_rewrite("cache_answers")
+pytest.register_assert_rewrite("cache_answers", "saved_caches", "saver", "two_contexts")
 
 
 @cache

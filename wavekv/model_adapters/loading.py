@@ -54,14 +54,14 @@ def load_cache(
         cache.model = ref(model)
         cache.runtime = OffloadRuntime(config, saved)
         with _said_of(place, "manifest.json"):
-            pairs = _pairs(cache.layers, _list(description, "layers"))
+            layers = _pairs(cache.layers, _list(description, "layers"))
         device = model.device
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            _read(reader, len(pairs), device) as read,
+            _read(reader, len(layers), device) as read,
         ):
-            for number, (layer, kept) in enumerate(pairs):
+            for number, (layer, kept) in enumerate(layers):
                 with _said_of(place, f"layer {number}"):
                     parts = read[number].result()
                     _load_layer(cache, layer, kept, parts, device)

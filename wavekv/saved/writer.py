@@ -30,7 +30,8 @@ class ContextWriter:
     """Writes a context to `path`, which is new or a saved context that this one replaces.
 
     A context manager: entering takes the lock of `path`, leaving gives it back. Until `commit`
-    returns, `path` is what it was, whatever happens.
+    exchanges the two at its end, `path` is what it was, whatever happens; from then on it is the
+    new context, also if the system then fails to say that the exchange is on the disk.
     """
 
     def __init__(self, path: str | Path, progress: Callable[[int], None] | None = None) -> None:

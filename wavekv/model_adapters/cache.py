@@ -113,6 +113,7 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
             FileNotFoundError: nothing is at `path`.
             ContextFormatError: it is not a saved context, is damaged, or of a newer version.
             ContextMismatchError: it is of another model or tokenizer; the message names the field.
+            UnsupportedModelError: the model is spread over several devices.
         """
         from wavekv.model_adapters.loading import load_cache
 
@@ -144,7 +145,9 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
 
         tokens, sequences (of one layer), pages (of all); decode_steps that retrieved;
         retrieved_fraction and tail_mass (means over those); bytes_device (steady zone and index),
-        bytes_host (pages), bytes_to_host and bytes_to_device (moved so far).
+        bytes_pages (all), bytes_host and bytes_disk (pages in memory, in files, or in both);
+        bytes_to_host, bytes_to_device, bytes_to_disk, bytes_from_disk (moved so far);
+        device_hit_rate, host_hit_rate; late_pages (chosen, not waited for, and estimated).
         """
         self.settle()
         return cache_statistics(layer.context for layer in self.offloaded_layers)

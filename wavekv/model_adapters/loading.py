@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from wavekv.config import LAYOUT_FIELDS, OffloadConfig
-from wavekv.errors import ConfigError, ContextFormatError, LayoutError
+from wavekv.errors import ConfigError, ContextFormatError, LayoutError, UnsupportedModelError
 from wavekv.kvstore import KVLayout, SavedPages
 from wavekv.kvstore.layout import CODEC_BITS
 from wavekv.model_adapters.agreement import expect_arena, expect_padding, expect_size
@@ -39,6 +39,7 @@ def load_cache(
     verify: bool,
 ) -> OffloadedCache:
     """The saved context at `path` as a cache of `model`; see `OffloadedCache.load`."""
+    _expect_one_device(model)
     with ContextReader.open(path) as reader:
         place, description = str(reader.path), reader.manifest.description
         with _said_of(place, "manifest.json"):
@@ -182,6 +183,15 @@ def _layout(arena: Mapping[str, Any]) -> KVLayout:
     if arena["host_dtype"] not in ("model", *CODEC_BITS):
         raise LayoutError(f"host_dtype must be one of {list(CODEC_BITS)}, got {arena!r}")
     return KVLayout(*sizes, _DTYPES[arena["dtype"]], arena["host_dtype"])
+
+
+def _expect_one_device(model: PreTrainedModel) -> None:
+    devices = sorted({str(weight.device) for weight in model.parameters() if not weight.is_meta})
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"expected a model on one device to load a context for, got one on {devices}; prefill "
+            "again where it is spread over several"
+        )
 
 
 def _expect_sound(reader: ContextReader) -> None:

@@ -19,8 +19,8 @@ def cache_statistics(contexts: Iterable[LayerContext | None]) -> dict[str, float
     all of them once. bytes_to_host, bytes_to_device: moved so far (on a CPU, pages written and
     pages read in place); bytes_to_disk, bytes_from_disk: by forks too. device_hit_rate: of pages
     that captured steps chose, those that were on the device; host_hit_rate: of pages that were not,
-    those that were in memory (1.0 where none was wanted). late_pages: chosen, not waited for, and
-    estimated.
+    those that were in memory (1.0 where none was wanted; a page of a mapped file counts as read
+    when it is first used). late_pages: chosen, not waited for, and estimated.
     """
     made = [context for context in contexts if context is not None]
     counters = [context.counters for context in made]

@@ -28,7 +28,9 @@ PROGRAMS = {
     "misses": ("misses.py", *BUNDLED, "--caps", "8"),
     "context": (
         *("context.py", *BUNDLED, "--repeats", "1", "--size", "8MiB", "--batches", "64"),
-        *("--page-bytes", "4096", "--folder", ".", "--forms", "int8", "--steps", "10"),
+        *("--page-bytes", "4096", "--folder", ".", "--steps", "10"),
+        # saving and loading in each form is what tests/model_adapters/test_saving.py does
+        *("--parts", "files,pages,first,tiers,steps"),
     ),
     "reuse": ("reuse.py", *BUNDLED, "--further", "1"),
     "device tokens": ("device_tokens.py", *BUNDLED, "--device", "cpu"),

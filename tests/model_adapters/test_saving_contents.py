@@ -93,7 +93,12 @@ def test_descriptions_that_say_something_else(copied: Path) -> None:
     twin, mask = prefilled(model)
     expected = step_logits(model, twin, mask, count=2)[0]
     counted = {"refused": 0, "same": 0}
+    kinds = ["offloaded" in layer for layer in original.description["layers"]]
+    first = {kinds.index(True), kinds.index(False)}
     for where in places(original.description):
+        if where[0] == "layers" and len(where) > 1 and where[1] not in first:
+            # alike
+            continue
         found = original.description
         for key in where:
             found = found[key]
@@ -112,8 +117,8 @@ def test_descriptions_that_say_something_else(copied: Path) -> None:
                 counted["same"] += 1
             (copied / NAME).write_bytes(raw)
     print(f"\nother values in a description: {counted}")
-    assert counted["refused"] > 1000
-    assert counted["same"] < 150
+    assert counted["refused"] > 600
+    assert counted["same"] < 100
 
 
 def load_or_refuse(path: Path, model: OffloadedKV) -> tuple[OffloadedCache | None, str]:

@@ -5,9 +5,8 @@ import io
 import numpy as np
 import pytest
 
-from wavekv.cli import arrays
 from wavekv.cli.arrays import expect_writable, read_vectors, write_found
-from wavekv.errors import ConfigError, InputError
+from wavekv.errors import InputError
 
 KEYS = np.arange(24, dtype=np.float32).reshape(6, 4)
 
@@ -80,16 +79,6 @@ def test_what_cannot_be_read_is_an_input_error(folder, source, message) -> None:
 def test_a_missing_file_is_an_os_error(folder, source) -> None:
     with pytest.raises(FileNotFoundError, match=r"none\.np"):
         read_vectors(source)
-
-
-@pytest.mark.parametrize("suffix", [".arrow", ".feather", ".parquet"])
-def test_without_pyarrow_the_error_says_how_to_get_it(folder, suffix, monkeypatch) -> None:
-    def refuse(name: str):
-        raise ModuleNotFoundError(f"No module named {name!r}")
-
-    monkeypatch.setattr(arrays, "import_module", refuse)
-    with pytest.raises(ConfigError, match=r"pip install 'wavekv\[arrow\]'"):
-        read_vectors(f"keys{suffix}")
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3), (0, 3)])

@@ -49,7 +49,7 @@ def repeated_saves(path: Path) -> subprocess.Popen[str]:
 def test_a_killed_writer_leaves_a_whole_context(tmp_path: Path) -> None:
     path, rng, num_left = tmp_path / "context", random.Random(0), 0
     example().save(path)
-    for _ in range(20):
+    for _ in range(8):
         with repeated_saves(path) as process:
             time.sleep(rng.uniform(0, 0.15))
             process.kill()
